@@ -1,0 +1,135 @@
+"""The models known by name, and how a `--model` value becomes a checkpoint directory.
+
+A value is, in this order: a name of the table, an existing directory, or a Hugging Face repository id.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from holov_export.assets import data_folder
+from holov_export.errors import CheckpointError, NetworkError, UnknownNameError
+from holov_export.extras import require
+from holov_export.spec import CheckpointSource
+
+#: files of a checkpoint that are small and always needed
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """One model of the table. `repository` is empty for the model that ships with the package."""
+
+    name: str
+    repository: str
+    revision: str
+    parameters: str
+    tokens: int
+    note: str
+
+
+CATALOG: dict[str, CatalogEntry] = {
+    entry.name: entry
+    for entry in (
+        CatalogEntry("demo", "", "", "2.3 M", 144, "ships with the package; answers about digits on photographs"),
+        CatalogEntry(
+            "llava-1.5-7b",
+            "llava-hf/llava-1.5-7b-hf",
+            "b234b804b114d9e37bb655e11cbbb5f5e971b7a9",
+            "7 B",
+            576,
+            "CLIP ViT-L/14-336 and Vicuna-7B v1.5",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this disk: its directory and where it came from."""
+
+    folder: Path
+    source: CheckpointSource
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """What a `--model` value means, before anything is fetched."""
+
+    label: str
+    kind: str
+    repository: str = ""
+    revision: str | None = None
+    folder: Path | None = None
+
+
+def reference_from_name(model: str) -> ModelReference:
+    """Resolve a `--model` value without touching the network.
+
+    Raises:
+        UnknownNameError: neither a catalogue name, a directory nor a repository id.
+    """
+    if model in CATALOG:
+        entry = CATALOG[model]
+        if not entry.repository:
+            return ModelReference(entry.name, "bundled", folder=data_folder("demo-model"))
+        return ModelReference(entry.name, "hub", entry.repository, entry.revision)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return ModelReference(path.resolve().name, "local", folder=path.resolve())
+    looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.endswith("/") or path.exists()
+    if model.count("/") == 1 and not looks_like_path:
+        repository, _, revision = model.partition("@")
+        return ModelReference(repository.rsplit("/", 1)[-1], "hub", repository, revision or None)
+    if looks_like_path or "/" in model:
+        raise UnknownNameError(f"'{model}' is not a directory.", hint="--model takes a name, a directory or OWNER/REPO.")
+    raise UnknownNameError(
+        f"unknown model '{model}'.",
+        hint=f"Known names: {', '.join(CATALOG)}. A directory or OWNER/REPO[@REVISION] works as well.",
+    )
+
+
+def checkpoint_from_reference(reference: ModelReference, *, weights: bool = True) -> Checkpoint:
+    """The checkpoint on disk, fetched from the hub if it is not in the local cache.
+
+    Args:
+        reference: from `reference_from_name`.
+        weights: False fetches only the configuration and tokenizer files.
+
+    Raises:
+        NetworkError: the hub cannot be reached and the cache has no copy.
+        CheckpointError: the repository or revision does not exist.
+    """
+    if reference.folder is not None:
+        kind = "bundled" if reference.kind == "bundled" else "local"
+        source = CheckpointSource(kind=kind, name=reference.label)  # type: ignore[arg-type]
+        return Checkpoint(reference.folder, source)
+    hub = require("huggingface_hub")
+    patterns = [*SIDE_FILES, *(WEIGHT_PATTERNS if weights else ())]
+    advice = "If you have a copy, name its directory: --model DIR"
+    try:
+        folder = hub.snapshot_download(reference.repository, revision=reference.revision, allow_patterns=patterns)
+    except hub.errors.RepositoryNotFoundError as error:
+        raise CheckpointError(f"'{reference.repository}' does not exist on the hub or is private.", hint=advice) from error
+    except hub.errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"'{reference.repository}' has no revision {reference.revision}.", hint=advice) from error
+    except (hub.errors.LocalEntryNotFoundError, hub.errors.HfHubHTTPError, OSError) as error:
+        raise NetworkError(
+            f"'{reference.repository}' is not in the local cache and the model hub cannot be reached.", hint=advice
+        ) from error
+    revision = Path(folder).name if Path(folder).parent.name == "snapshots" else reference.revision
+    return Checkpoint(Path(folder), CheckpointSource(kind="hub", name=reference.repository, revision=revision))

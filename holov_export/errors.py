@@ -1,0 +1,122 @@
+"""Every exception that holov-export raises on purpose.
+
+    HolovExportError
+    ├── UsageError (exit code 2): the request or its input is wrong
+    │   ├── UnknownNameError        a model, method, target or decoder that does not exist
+    │   ├── UnsupportedModelError   a checkpoint of a family or layout that cannot be exported
+    │   ├── CheckpointError         a checkpoint is missing, truncated or pickled
+    │   ├── ImageError              an image cannot be read or is refused
+    │   ├── BudgetError             a token budget or quota outside its range
+    │   ├── PromptError             placeholders and images differ, an empty prompt, a prompt past the context
+    │   └── BundleError             a folder is no bundle, or of a newer schema, or lacks a part
+    ├── CheckFailedError (exit code 1): something ran and the result is not good enough
+    │   ├── IntegrityError          a file differs from the hash in the manifest
+    │   └── ParityError             two back ends disagree by more than the tolerance
+    └── EnvironmentFaultError (exit code 3): this machine lacks something
+        ├── MissingExtraError       a Python package; the message names the pip line
+        ├── NetworkError            the model hub cannot be reached
+        └── StorageError            a folder is read-only, the disk is full, another export holds the lock
+
+A message says what happened and why; `hint` says what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BudgetError",
+    "BundleError",
+    "CheckFailedError",
+    "CheckpointError",
+    "EnvironmentFaultError",
+    "HolovExportError",
+    "ImageError",
+    "IntegrityError",
+    "MissingExtraError",
+    "NetworkError",
+    "ParityError",
+    "PromptError",
+    "StorageError",
+    "UnknownNameError",
+    "UnsupportedModelError",
+    "UsageError",
+]
+
+
+class HolovExportError(Exception):
+    """Base class. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".rstrip()
+
+
+class UsageError(HolovExportError):
+    """The request or its input is wrong."""
+
+    exit_code = 2
+
+
+class UnknownNameError(UsageError):
+    """A model, method, target or decoder that does not exist."""
+
+
+class UnsupportedModelError(UsageError):
+    """A checkpoint of a family or layout that cannot be exported."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint is missing, truncated or pickled."""
+
+
+class ImageError(UsageError):
+    """An image cannot be read or is refused."""
+
+
+class BudgetError(UsageError):
+    """A token budget or quota outside its range."""
+
+
+class PromptError(UsageError):
+    """Placeholders and images differ, the prompt is empty, or it is longer than the context."""
+
+
+class BundleError(UsageError):
+    """A folder is no bundle, or of a newer schema, or lacks a part."""
+
+
+class CheckFailedError(HolovExportError):
+    """Something ran and the result is not good enough."""
+
+    exit_code = 1
+
+
+class IntegrityError(CheckFailedError):
+    """A file differs from the hash in the manifest."""
+
+
+class ParityError(CheckFailedError):
+    """Two back ends disagree by more than the tolerance."""
+
+
+class EnvironmentFaultError(HolovExportError):
+    """This machine lacks something."""
+
+    exit_code = 3
+
+
+class MissingExtraError(EnvironmentFaultError):
+    """A Python package is not installed; the message names the pip line."""
+
+
+class NetworkError(EnvironmentFaultError):
+    """The model hub cannot be reached."""
+
+
+class StorageError(EnvironmentFaultError):
+    """A folder is read-only, the disk is full, or another export holds the lock."""

@@ -1,0 +1,31 @@
+"""From a policy to the torch rule that carries it out."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from holov_export.selection.baselines import ClsTopkRule, RandomRule, UniformRule
+from holov_export.selection.holov import HolovOfficialRule, HolovPaperRule, HolovRule
+from holov_export.spec import (
+    ClsTopkPolicy,
+    HolovOfficialPolicy,
+    HolovPaperPolicy,
+    HolovPolicy,
+    RandomPolicy,
+    SelectionPolicy,
+)
+
+
+def rule_from_policy(policy: SelectionPolicy, grid: tuple[int, int]) -> nn.Module:
+    """The rule (see `rule.Rule`) for a grid of (rows, columns) tokens."""
+    if isinstance(policy, HolovPolicy):
+        return HolovRule(policy, grid)
+    if isinstance(policy, HolovOfficialPolicy):
+        return HolovOfficialRule(policy, grid)
+    if isinstance(policy, HolovPaperPolicy):
+        return HolovPaperRule(policy, grid)
+    if isinstance(policy, ClsTopkPolicy):
+        return ClsTopkRule()
+    if isinstance(policy, RandomPolicy):
+        return RandomRule(policy, grid)
+    return UniformRule()

@@ -1,0 +1,159 @@
+"""The values that travel between the stages: plain frozen dataclasses over numpy arrays.
+
+Shape words: B images, N tokens before selection, K budget, D width, S prompt length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.floating]
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class CropBox:
+    """The part of a photograph that the tower sees, in pixels of the upright original.
+
+    Left and top may be negative (zero padding around a small crop), right and bottom may pass the border.
+    """
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+@dataclass(frozen=True)
+class PixelBatch:
+    """Preprocessed pictures.
+
+    Attributes:
+        pixel_values: float32 [B, 3, H, W], normalised.
+        boxes: for each picture, the part of the original that these pixels show.
+        sizes: (width, height) of each upright original.
+    """
+
+    pixel_values: FloatArray
+    boxes: tuple[CropBox, ...]
+    sizes: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return int(self.pixel_values.shape[0])
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """What the vision graph returns.
+
+    Attributes:
+        tokens: float [B, K, D]; rows at and past an image's count are zero.
+        positions: int64 [B, K], raster index of each kept token among N; -1 where there is none.
+        counts: int64 [B], real rows of each image.
+        saliency: float32 [B, N], or None when the runner was not asked for it.
+    """
+
+    tokens: FloatArray
+    positions: Int64Array
+    counts: Int64Array
+    saliency: npt.NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return int(self.tokens.shape[0])
+
+    def rows(self, image: int) -> FloatArray:
+        """[count, D]: the real rows of one image."""
+        return self.tokens[image, : int(self.counts[image])]
+
+
+@dataclass(frozen=True)
+class StitchedPrompt:
+    """A prompt whose placeholders are as many as the visual rows that replace them.
+
+    Attributes:
+        input_ids: int64 [S]; `image_token_id` stands once for every visual row.
+        rows: float [R, D], the visual rows of all images in prompt order.
+        counts: rows of each image; sums to R.
+        image_token_id: the placeholder.
+        text: the rendered prompt, one placeholder an image.
+    """
+
+    input_ids: Int64Array
+    rows: FloatArray
+    counts: tuple[int, ...]
+    image_token_id: int
+    text: str
+
+    def __len__(self) -> int:
+        return int(self.input_ids.shape[0])
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How a decoder picks tokens. `temperature` 0 is greedy; `seed` only matters when it is not.
+
+    Attributes:
+        max_new_tokens: at most so many tokens are generated.
+        temperature: 0 for greedy, else the softmax temperature.
+        top_k: sample among the k most likely tokens; 0 means all.
+        top_p: sample in the nucleus of this probability mass.
+        seed: of the sampler; None lets the decoder choose.
+        stop: further strings that end the answer (they are not part of it).
+        stop_token_ids: further token ids that end the answer.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall-clock seconds of each stage of one answer.
+
+    `ttft` is the time from the call to the first generated token: preprocess + vision + stitch + prefill.
+    `decode` starts after the first token.
+    """
+
+    preprocess: float
+    vision: float
+    stitch: float
+    prefill: float
+    decode: float
+
+    @property
+    def ttft(self) -> float:
+        return self.preprocess + self.vision + self.stitch + self.prefill
+
+    @property
+    def total(self) -> float:
+        return self.ttft + self.decode
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer.
+
+    Attributes:
+        text: decoded answer, special tokens removed.
+        token_ids: generated ids, without the token that ended it.
+        finish_reason: "stop" (an end token or stop string) or "length".
+        prompt_tokens: length S of the stitched prompt.
+        visual_tokens: rows of each image in the prompt.
+        timings: seconds of each stage.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    visual_tokens: tuple[int, ...]
+    timings: Timings
