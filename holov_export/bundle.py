@@ -355,6 +355,7 @@ def _storage_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in reasons:
             raise StorageError(
-                f"cannot write '{target}': {reasons[error.errno]}.", hint="Nothing was changed; choose another --output."
+                f"cannot write '{target}': {reasons[error.errno]}.",
+                hint="Nothing was changed; choose another --output.",
             ) from error
         raise

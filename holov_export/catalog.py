@@ -5,8 +5,12 @@ A value is, in this order: a name of the table, an existing directory, or a Hugg
 
 from __future__ import annotations
 
+import json
+import socket
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from holov_export.assets import data_folder
 from holov_export.errors import CheckpointError, NetworkError, UnknownNameError
@@ -118,18 +122,57 @@ def checkpoint_from_reference(reference: ModelReference, *, weights: bool = True
         kind = "bundled" if reference.kind == "bundled" else "local"
         source = CheckpointSource(kind=kind, name=reference.label)  # type: ignore[arg-type]
         return Checkpoint(reference.folder, source)
+    folder = _cached(reference, weights=weights) or _downloaded(reference, weights=weights)
+    revision = folder.name if folder.parent.name == "snapshots" else reference.revision
+    return Checkpoint(folder, CheckpointSource(kind="hub", name=reference.repository, revision=revision))
+
+
+def _cached(reference: ModelReference, *, weights: bool) -> Path | None:
+    """The hub cache's copy if it is complete. A dry run leaves one without weights."""
+    hub = require("huggingface_hub")
+    try:
+        folder = Path(
+            hub.snapshot_download(reference.repository, revision=reference.revision, local_files_only=True)
+        )
+    except (hub.errors.LocalEntryNotFoundError, OSError, ValueError):
+        return None
+    index = folder / "model.safetensors.index.json"
+    if not weights:
+        return folder if (folder / "config.json").is_file() else None
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return folder if all((folder / shard).is_file() for shard in shards) else None
+    return folder if (folder / "model.safetensors").is_file() else None
+
+
+def _downloaded(reference: ModelReference, *, weights: bool) -> Path:
     hub = require("huggingface_hub")
     patterns = [*SIDE_FILES, *(WEIGHT_PATTERNS if weights else ())]
     advice = "If you have a copy, name its directory: --model DIR"
+    unreachable = NetworkError(
+        f"'{reference.repository}' is not in the local cache and the model hub cannot be reached.", hint=advice
+    )
+    if hub.constants.HF_HUB_OFFLINE or not _hub_answers(str(hub.constants.ENDPOINT)):
+        raise unreachable
     try:
-        folder = hub.snapshot_download(reference.repository, revision=reference.revision, allow_patterns=patterns)
+        return Path(
+            hub.snapshot_download(reference.repository, revision=reference.revision, allow_patterns=patterns)
+        )
     except hub.errors.RepositoryNotFoundError as error:
         raise CheckpointError(f"'{reference.repository}' does not exist on the hub or is private.", hint=advice) from error
     except hub.errors.RevisionNotFoundError as error:
         raise CheckpointError(f"'{reference.repository}' has no revision {reference.revision}.", hint=advice) from error
     except (hub.errors.LocalEntryNotFoundError, hub.errors.HfHubHTTPError, OSError) as error:
-        raise NetworkError(
-            f"'{reference.repository}' is not in the local cache and the model hub cannot be reached.", hint=advice
-        ) from error
-    revision = Path(folder).name if Path(folder).parent.name == "snapshots" else reference.revision
-    return Checkpoint(Path(folder), CheckpointSource(kind="hub", name=reference.repository, revision=revision))
+        raise unreachable from error
+
+
+def _hub_answers(endpoint: str) -> bool:
+    """A look before the leap: the hub's client retries for half a minute. Behind a proxy only it can tell."""
+    if getproxies().get("https"):
+        return True
+    parts = urlsplit(endpoint)
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True

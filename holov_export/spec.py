@@ -183,7 +183,9 @@ class HolovPolicy(_Policy):
     Source: obananas/HoloV llava/model/utils.py@1d2e65e for 16 crops and the quota rule.
     """
 
-    summary: ClassVar[str] = "HoloV quotas by CLS attention per crop; a full crop's surplus goes to other crops; raster order"
+    summary: ClassVar[str] = (
+        "HoloV quotas by CLS attention per crop; a full crop's surplus goes to other crops; raster order"
+    )
     source: ClassVar[str] = "arXiv 2510.02912; quotas as in obananas/HoloV@1d2e65e"
     method: Literal["holov"] = "holov"
     crops: int = Field(default=16, ge=1)
@@ -193,7 +195,9 @@ class HolovPolicy(_Policy):
 class HolovOfficialPolicy(_Policy):
     """The published LLaVA code, bug for bug: lost tokens of a full crop become zero rows at the end."""
 
-    summary: ClassVar[str] = "the published code bug for bug: strips, attention top-k, crop order, overflow as zero rows"
+    summary: ClassVar[str] = (
+        "the published code bug for bug: strips, attention top-k, crop order, overflow as zero rows"
+    )
     source: ClassVar[str] = "obananas/HoloV llava/model/utils.py@1d2e65e"
     lossless_at_full: ClassVar[bool] = False
     method: Literal["holov-official"] = "holov-official"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from holov_export.errors import CheckpointError
 from holov_export.selection.registry import rule_from_policy
 from holov_export.spec import FeatureSource, ModelSpec, Precision, SelectionPolicy, VisionSpec
 from holov_export.vision.weights import SafetensorsReader
@@ -126,7 +127,7 @@ class ClipTower(nn.Module):
     def before_feature_layer(self, pixel_values: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, T, E], the feature layer's input."""
         x = self.pre_layernorm(self.embeddings(pixel_values))
-        for layer in self.layers[:-1]:
+        for layer in list(self.layers)[:-1]:  # a slice of a ModuleList would change the names in the graph
             x = layer(x)
         return x
 
@@ -197,8 +198,6 @@ def vision_from_checkpoint(
     Raises:
         CheckpointError: a tensor is missing or of another shape.
     """
-    from holov_export.errors import CheckpointError
-
     module = LlavaVision(spec, policy).eval().requires_grad_(False)
     with torch.device("meta"):
         module.vision_tower = ClipTower(spec.vision)

@@ -1,0 +1,96 @@
+"""The command line. `holov-export --model NAME` is `holov-export export --model NAME`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from holov_export import __version__
+from holov_export.errors import HolovExportError
+
+#: standard exit code of a program ended by Ctrl-C
+_INTERRUPTED = 130
+
+
+class DefaultGroup(click.Group):
+    """A group whose options belong to the command `export` when no command is named."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = {"--help", "-h", "--version"}
+        if args and args[0] not in self.commands and args[0] not in own and args[0].startswith("-"):
+            args = ["export", *args]
+        return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    cls=DefaultGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit codes: 0 ok, 1 a check failed, 2 wrong usage or input, 3 missing package, hardware, network or disk. "
+    "--debug anywhere shows tracebacks.",
+)
+@click.version_option(__version__, prog_name="holov-export")
+def cli() -> None:
+    """Export a vision-language model so that an image costs 64 tokens instead of 576.
+
+    Without a command name, options go to `export`: holov-export --model llava-1.5-7b --fp16
+    """
+
+
+def _register() -> None:
+    from holov_export.cli.ask import ask, show
+    from holov_export.cli.export import export
+    from holov_export.cli.look import doctor, inspect, methods, models, verify
+
+    for command in (export, ask, show, inspect, verify, doctor, models, methods):
+        cli.add_command(command)
+
+
+_register()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: runs a command and ends the process with its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments or bool(os.environ.get("HOLOV_EXPORT_DEBUG"))
+    sys.exit(run([argument for argument in arguments if argument != "--debug"], debug=debug))
+
+
+def run(arguments: list[str], *, debug: bool = False) -> int:
+    """Run a command and return its exit code; errors are printed to stderr, without traceback unless `debug`."""
+    try:
+        result = cli.main(arguments, prog_name="holov-export", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _complain("interrupted.")
+        return _INTERRUPTED
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        return 2
+    except HolovExportError as error:
+        if debug:
+            raise
+        _complain(error.message)
+        if error.hint:
+            click.echo(f"  {error.hint}", err=True)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        _complain(f"internal error: {type(error).__name__}: {error}")
+        click.echo("  Run again with --debug for the traceback, and please report it.", err=True)
+        return 1
+
+
+def _complain(message: str) -> None:
+    click.echo(f"holov-export: {message}", err=True)

@@ -1,0 +1,154 @@
+"""`holov-export ask` and `holov-export show`: use a bundle on pictures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from holov_export.bundle import open_bundle
+from holov_export.catalog import checkpoint_from_reference, reference_from_name
+from holov_export.cli.console import OUT, print_json, say
+from holov_export.errors import StorageError
+from holov_export.runtime.session import Session
+from holov_export.spec import POLICIES
+from holov_export.tensors import Generation, SamplingSettings
+from holov_export.verify.picture import panels_from_bundle, picture_of_panels
+
+_provider = click.option(
+    "--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
+)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.argument("prompt")
+@click.option("--budget", type=int, help="Visual tokens of each image [default: a ninth of them].")
+@click.option("--quota", "quotas", type=int, multiple=True, help="Tokens of one image, at most the budget; repeat.")
+@click.option("--decoder", type=click.Choice(["genai", "hf"]), default="genai", show_default=True)
+@click.option("--checkpoint", help="For --decoder hf: directory, name or OWNER/REPO of the weights.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(0), default=0, help="Sample among the k most likely tokens; 0 is all.")
+@click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True)
+@click.option("--seed", type=int, help="Of the sampler.")
+@click.option("--stop", multiple=True, help="A string that ends the answer; repeat for more.")
+@click.option("--raw", is_flag=True, help="The prompt is complete: no chat template is put around it.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@_provider
+@click.option("--json", "as_json", is_flag=True, help="Answer and timings as JSON on stdout.")
+def ask(
+    bundle: Path,
+    images: tuple[str, ...],
+    prompt: str,
+    budget: int | None,
+    quotas: tuple[int, ...],
+    decoder: str,
+    checkpoint: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int | None,
+    stop: tuple[str, ...],
+    raw: bool,
+    threads: int | None,
+    provider: str,
+    as_json: bool,
+) -> None:
+    """Ask a question about one or more images. The answer streams to stdout, timings go to stderr."""
+    weights = checkpoint_from_reference(reference_from_name(checkpoint)).folder if checkpoint else None
+    sampling = SamplingSettings(max_new_tokens, temperature, top_k, top_p, seed, stop)
+
+    def on_text(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    with Session.open(
+        bundle, decoder=decoder, provider=provider, threads=threads, checkpoint=weights
+    ) as session:
+        answer = session.ask(
+            list(images),
+            prompt,
+            budget=budget,
+            quota=list(quotas) or None,
+            sampling=sampling,
+            raw=raw,
+            on_text=None if as_json else on_text,
+        )
+    if as_json:
+        print_json(answer_json(answer))
+        return
+    sys.stdout.write("\n")
+    say(_timing_line(answer))
+
+
+def answer_json(answer: Generation) -> dict[str, Any]:
+    """An answer as JSON; times in milliseconds."""
+    times = answer.timings
+    return {
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "visual_tokens": list(answer.visual_tokens),
+        "new_tokens": len(answer.token_ids),
+        "token_ids": list(answer.token_ids),
+        "milliseconds": {
+            "preprocess": times.preprocess * 1e3,
+            "vision": times.vision * 1e3,
+            "stitch": times.stitch * 1e3,
+            "prefill": times.prefill * 1e3,
+            "decode": times.decode * 1e3,
+            "ttft": times.ttft * 1e3,
+            "total": times.total * 1e3,
+        },
+    }
+
+
+def _timing_line(answer: Generation) -> str:
+    times = answer.timings
+    parts = [
+        f"{name} {seconds * 1e3:.1f} ms"
+        for name, seconds in (
+            ("preprocess", times.preprocess),
+            ("vision", times.vision),
+            ("prefill", times.prefill),
+            ("decode", times.decode),
+            ("TTFT", times.ttft),
+        )
+    ]
+    tokens = "+".join(map(str, answer.visual_tokens))
+    return f"{tokens} visual tokens, {answer.prompt_tokens} in the prompt; {', '.join(parts)}"
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("image")
+@click.option("--budget", type=int, help="Visual tokens [default: a ninth of them].")
+@click.option("--methods", help=f"Rules side by side, comma separated: {', '.join(POLICIES)} [default: the bundle's].")
+@click.option("--side", type=click.IntRange(64, 4096), default=480, show_default=True, help="Pixels of a panel.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("kept.png"), show_default=True)
+@_provider
+def show(
+    bundle: Path, image: str, budget: int | None, methods: str | None, side: int, output: Path, provider: str
+) -> None:
+    """Draw a picture of what stays: kept tokens lit, pruned ones dimmed, crop borders and their counts."""
+    from holov_export.runtime.runner import default_budget
+
+    opened = open_bundle(bundle)
+    plan = opened.manifest.plan
+    names = [name.strip() for name in methods.split(",")] if methods else [plan.policy.method]
+    unknown = [name for name in names if name not in POLICIES]
+    if unknown:
+        raise click.UsageError(f"unknown method '{unknown[0]}'; known: {', '.join(POLICIES)}.")
+    wanted = default_budget(plan.model.vision.tokens) if budget is None else budget
+    picture, box, panels = panels_from_bundle(opened, image, wanted, names, provider=provider)
+    drawn = picture_of_panels(picture, box, panels, plan.model.vision.grid, side=side)
+    try:
+        drawn.save(output)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot write '{output}': {error}.", hint="Choose another --output.") from error
+    OUT.print(str(output), markup=False, soft_wrap=True)

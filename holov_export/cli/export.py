@@ -1,0 +1,154 @@
+"""`holov-export export`, the default command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import ValidationError
+
+from holov_export.bundle import Bundle
+from holov_export.cli.console import OUT, print_json, progress, say, size_text, table
+from holov_export.errors import UsageError
+from holov_export.pipeline import ExportRequest, export_bundle, plan_from_request
+from holov_export.spec import POLICIES, DecoderPrecision, ExportPlan, Precision, SelectionPolicy, policy_from_settings
+from holov_export.verify.parity import ParityReport
+
+
+@click.command()
+@click.option("--model", required=True, help="A name of `holov-export models`, a directory, or OWNER/REPO[@REVISION].")
+@click.option("--fp32", "precision", flag_value="fp32", default="fp32", help="float32 vision graph (default).")
+@click.option("--fp16", "precision", flag_value="fp16", help="float16 vision graph; selection stays float32.")
+@click.option("--bf16", "precision", flag_value="bf16", help="bfloat16 vision graph (opset 22, GPU only).")
+@click.option("--method", type=click.Choice(list(POLICIES)), default="holov", show_default=True, help="Selection rule.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of the rule, e.g. crops=8.")
+@click.option(
+    "--decoder-precision",
+    type=click.Choice([item.value for item in DecoderPrecision]),
+    help="Weights of the embedded decoder [default: fp32 beside --fp32, else fp16].",
+)
+@click.option("--no-decoder", is_flag=True, help="Leave the decoder out: vision graph and tokenizer only.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the bundle.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
+@click.option("--no-verify", is_flag=True, help="Write the bundle without comparing it with torch and the reference.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved plan and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
+def export(
+    model: str,
+    precision: str,
+    method: str,
+    settings: tuple[str, ...],
+    decoder_precision: str | None,
+    no_decoder: bool,
+    output: Path | None,
+    overwrite: bool,
+    no_verify: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Export a checkpoint as a bundle: vision graph with selection, decoder, tokenizer, parity report."""
+    if no_decoder and decoder_precision:
+        raise click.UsageError("--no-decoder and --decoder-precision exclude each other.")
+    request = ExportRequest(
+        model=model,
+        policy=_policy(method, settings),
+        precision=Precision(precision),
+        decoder=None if no_decoder else _decoder_precision(decoder_precision, Precision(precision)),
+        output=output,
+        overwrite=overwrite,
+        verify=not no_verify,
+    )
+    if dry_run:
+        plan, _, target = plan_from_request(request)
+        _print_plan(plan, target, as_json)
+        return
+    with progress() as tell:
+        bundle, report = export_bundle(request, tell=tell)
+    if as_json:
+        print_json(_result(bundle, report))
+    else:
+        _print_result(bundle, report)
+
+
+def _policy(method: str, settings: tuple[str, ...]) -> SelectionPolicy:
+    pairs: dict[str, str] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise click.UsageError(f"--set takes KEY=VALUE, not '{setting}'.")
+        pairs[key.strip()] = value.strip()
+    try:
+        return policy_from_settings(method, pairs)
+    except ValidationError as error:
+        fields = [name for name in POLICIES[method].model_fields if name != "method"]
+        problem = "; ".join(f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}" for item in error.errors())
+        raise UsageError(
+            f"the settings of '{method}' are wrong: {problem}.", hint=f"It takes: {', '.join(fields) or 'no settings'}."
+        ) from error
+
+
+def _decoder_precision(asked: str | None, precision: Precision) -> DecoderPrecision:
+    if asked is not None:
+        return DecoderPrecision(asked)
+    return DecoderPrecision.FP32 if precision is Precision.FP32 else DecoderPrecision.FP16
+
+
+def _print_plan(plan: ExportPlan, output: Path, as_json: bool) -> None:
+    if as_json:
+        print_json({"output": str(output), "plan": plan.model_dump(mode="json")})
+        return
+    vision, decoder = plan.model.vision, plan.model.decoder
+    exported = f"{vision.feature_layer + 1} of {vision.layers} layers"
+    rows = {
+        "model": f"{plan.model.name} ({plan.source.kind}: {plan.source.name})",
+        "revision": plan.source.revision or "-",
+        "vision": f"{vision.image_size} x {vision.image_size} pixels, {vision.tokens} tokens, {exported}",
+        "selection": ", ".join(f"{key}={value}" for key, value in plan.policy.model_dump(mode="json").items()),
+        "precision": f"{plan.precision.value}, selection float32, opset {plan.opset}",
+        "decoder": f"{decoder.architecture}, {decoder.layers} layers, {plan.decoder.value}" if plan.decoder else "none",
+        "context": f"{decoder.context} tokens",
+        "output": str(output),
+    }
+    made = table("plan", "")
+    for key, value in rows.items():
+        made.add_row(key, value)
+    OUT.print(made)
+
+
+def _result(bundle: Bundle, report: ParityReport | None) -> dict[str, Any]:
+    return {
+        "bundle": str(bundle.folder),
+        "bytes": sum(item.bytes for item in bundle.manifest.artifacts),
+        "parity": None if report is None else report.model_dump(mode="json"),
+    }
+
+
+def _print_result(bundle: Bundle, report: ParityReport | None) -> None:
+    if report is not None:
+        OUT.print(parity_table(report))
+        for reason in report.skipped:
+            say(f"not compared: {reason}")
+    total = size_text(sum(item.bytes for item in bundle.manifest.artifacts))
+    OUT.print(f"{bundle.folder}  {total}", markup=False, soft_wrap=True)
+
+
+def parity_table(report: ParityReport) -> Any:
+    """The comparisons of a report, one line each."""
+    made = table(
+        "compared", "budget>", "token error>", "cosine>", "saliency error>", "overlap>", "equal sets>", "",
+        title=f"parity, {report.method} {report.precision.value}, {len(report.pictures)} pictures",
+    )
+    for item in report.comparisons:
+        rows = item.token_cosine < 1.0 or item.token_error > 0.0
+        made.add_row(
+            f"{item.left} = {item.right}",
+            str(item.budget),
+            f"{item.token_error:.1e}" if rows else "-",
+            f"{item.token_cosine:.6f}" if rows else "-",
+            "-" if item.saliency_error is None else f"{item.saliency_error:.1e}",
+            f"{item.overlap:.3f}",
+            f"{item.same_sets}/{item.pictures}",
+            "ok" if item.passed else "FAILED",
+        )
+    return made

@@ -1,0 +1,141 @@
+"""Commands that only look: `inspect`, `verify`, `doctor`, `models`, `methods`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.markup import escape
+
+from holov_export.bundle import Bundle, open_bundle
+from holov_export.catalog import CATALOG
+from holov_export.cli.console import OUT, print_json, progress, say, size_text, table
+from holov_export.cli.export import parity_table
+from holov_export.doctor import examine
+from holov_export.errors import ImageError
+from holov_export.pipeline import checkpoint_of, refuse_if_failed, verify_vision
+from holov_export.spec import POLICIES, FeatureSource
+from holov_export.verify.pictures import default_pictures
+
+_json = click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
+_bundle = click.argument("bundle", type=click.Path(path_type=Path))
+
+
+@click.command()
+@_bundle
+@_json
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what is in a bundle: model, selection, graph inputs and outputs, files; hashes are verified."""
+    opened = open_bundle(bundle)
+    if as_json:
+        print_json(opened.manifest.model_dump(mode="json"))
+        return
+    _print_bundle(opened)
+
+
+def _print_bundle(bundle: Bundle) -> None:
+    manifest, plan = bundle.manifest, bundle.manifest.plan
+    head = table("bundle", str(bundle.folder))
+    head.add_row("model", f"{plan.model.name} ({plan.source.kind}: {plan.source.name})")
+    head.add_row("selection", ", ".join(f"{key}={value}" for key, value in plan.policy.model_dump(mode="json").items()))
+    head.add_row("precision", f"{plan.precision.value}, opset {plan.opset}")
+    head.add_row("decoder", plan.decoder.value if plan.decoder else "none")
+    head.add_row("written by", f"{manifest.provenance.tool}, {manifest.provenance.created}")
+    OUT.print(head)
+    graph = table("vision graph", "name", "type", "shape", title="")
+    for side, tensors in (("input", manifest.inputs), ("output", manifest.outputs)):
+        for tensor in tensors:
+            graph.add_row(side, tensor.name, tensor.dtype, " x ".join(map(str, tensor.shape)))
+    OUT.print()
+    OUT.print(graph)
+    files = table("file", "kind", "size>", "sha256")
+    for item in manifest.artifacts:
+        files.add_row(item.path, item.kind, size_text(item.bytes), item.sha256[:12])
+    OUT.print()
+    OUT.print(files)
+
+
+@click.command()
+@_bundle
+@click.option("--checkpoint", help="Where the weights are: directory, name or OWNER/REPO (demo: found by itself).")
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Compare on this picture.")
+@click.option("--no-transformers", is_flag=True, help="Leave transformers' own model out.")
+@_json
+def verify(
+    bundle: Path, checkpoint: str | None, images: tuple[Path, ...], no_transformers: bool, as_json: bool
+) -> None:
+    """Compare a bundle with the reference loops, torch and transformers; exit code 1 if they differ."""
+    from holov_export.runtime.preprocess import image_from
+
+    opened = open_bundle(bundle)
+    pictures = [(path.name, image_from(path)) for path in images] or default_pictures()
+    if not pictures:
+        raise ImageError("no picture to compare on.", hint="Name some with --image.")
+    folder = checkpoint_of(opened, checkpoint)
+    with progress() as tell:
+        report = verify_vision(opened, folder, pictures, with_transformers=not no_transformers, tell=tell)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        OUT.print(parity_table(report))
+    for reason in report.skipped:
+        say(f"not compared: {reason}")
+    refuse_if_failed(report)
+
+
+@click.command()
+@_json
+def doctor(as_json: bool) -> None:
+    """Say what this machine can do: packages, execution providers, GPU, and the pip line for what is missing."""
+    findings = examine()
+    if as_json:
+        print_json([finding.model_dump(mode="json") for finding in findings])
+        return
+    made = table("", "found", "what to do")
+    for finding in findings:
+        mark = {"ok": "[green]ok[/green]", "missing": "[yellow]missing[/yellow]", "fault": "[red]fault[/red]"}
+        made.add_row(f"{mark[finding.state]}  {finding.subject}", finding.found, escape(finding.advice))
+    OUT.print(made)
+
+
+@click.command()
+@_json
+def models(as_json: bool) -> None:
+    """List the models known by name."""
+    if as_json:
+        print_json([vars(entry) for entry in CATALOG.values()])
+        return
+    made = table("name", "parameters>", "tokens>", "repository", "note")
+    for entry in CATALOG.values():
+        made.add_row(entry.name, entry.parameters, str(entry.tokens), entry.repository or "in the package", entry.note)
+    OUT.print(made)
+
+
+@click.command()
+@_json
+def methods(as_json: bool) -> None:
+    """List the selection rules."""
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": name,
+                    "summary": policy.summary,
+                    "source": policy.source,
+                    "features": policy.features.value,
+                    "lossless_at_full": policy.lossless_at_full,
+                    "settings": {
+                        key: str(getattr(field.default, "value", field.default))
+                        for key, field in policy.model_fields.items()
+                        if key != "method"
+                    },
+                }
+                for name, policy in POLICIES.items()
+            ]
+        )
+        return
+    made = table("name", "selects", "keeps")
+    for name, policy in POLICIES.items():
+        when = "early" if policy.features is FeatureSource.NONE else "late"
+        made.add_row(name, when, f"{policy.summary}\n[dim]{escape(policy.source)}[/dim]")
+    OUT.print(made)

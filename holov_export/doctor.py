@@ -1,0 +1,79 @@
+"""What this machine can do. Looks without loading what could crash: CUDA is probed through the driver first."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import importlib.metadata
+import platform
+import sys
+from typing import Literal
+
+from holov_export import __version__
+from holov_export.extras import EXTRA_OF_MODULE, is_installed, require
+from holov_export.spec import Frozen
+
+#: import name -> names it may be distributed under
+_DISTRIBUTIONS = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "onnxruntime_genai": ("onnxruntime-genai", "onnxruntime-genai-cuda"),
+    "onnx_ir": ("onnx-ir",),
+}
+
+
+class Finding(Frozen):
+    """One thing that was looked at: `state` is ok, missing (optional) or fault (there but not usable)."""
+
+    subject: str
+    state: Literal["ok", "missing", "fault"]
+    found: str
+    advice: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at the interpreter, the packages of every extra, execution providers and the CUDA driver."""
+    system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    findings = [Finding(subject="holov-export", state="ok", found=f"{__version__}, {system}")]
+    findings += [_package(module, extra) for module, extra in EXTRA_OF_MODULE.items()]
+    findings += [_providers(), _cuda()]
+    return findings
+
+
+def _package(module: str, extra: str) -> Finding:
+    if not is_installed(module):
+        advice = f'pip install "holov-export[{extra}]"'
+        if module == "onnxruntime_genai" and sys.version_info < (3, 11) and platform.machine() == "aarch64":
+            advice = "has no wheel for Python 3.10 on aarch64; use Python 3.11 or newer"
+        return Finding(subject=module, state="missing", found="-", advice=advice)
+    for name in _DISTRIBUTIONS.get(module, (module,)):
+        try:
+            return Finding(subject=module, state="ok", found=importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Finding(subject=module, state="ok", found="installed, version unknown")
+
+
+def _providers() -> Finding:
+    subject = "execution providers"
+    if not is_installed("onnxruntime"):
+        return Finding(subject=subject, state="missing", found="-", advice="install onnxruntime first")
+    try:
+        names = require("onnxruntime").get_available_providers()
+    except Exception as error:  # a broken shared library raises whatever it likes
+        return Finding(subject=subject, state="fault", found=str(error), advice="reinstall onnxruntime")
+    return Finding(subject=subject, state="ok", found=", ".join(names))
+
+
+def _cuda() -> Finding:
+    """Ask the driver itself (cuInit): TensorRT kills the process when there is no driver."""
+    name = "nvcuda.dll" if sys.platform == "win32" else ctypes.util.find_library("cuda") or "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+    except OSError:
+        return Finding(subject="CUDA driver", state="missing", found="-", advice="needed for GPU engines only")
+    code = int(driver.cuInit(0))
+    if code != 0:
+        return Finding(subject="CUDA driver", state="fault", found=f"cuInit returned {code}", advice="see nvidia-smi")
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return Finding(subject="CUDA driver", state="ok", found=f"CUDA {version.value // 1000}.{version.value % 1000 // 10}")

@@ -1,0 +1,135 @@
+"""From the torch module to `vision.onnx`: one graph, dynamic batch, dynamic budget, weights in a file beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from holov_export import __version__
+from holov_export.bundle import VISION, GraphTensor
+from holov_export.errors import ParityError
+from holov_export.export.passes import clean
+from holov_export.export.translations import translation_table
+from holov_export.signature import INPUTS, OUTPUTS, TensorSpec, vision_signature
+from holov_export.spec import ExportPlan
+from holov_export.vision.clip import TORCH_DTYPES, LlavaVision
+
+_ONNX_DTYPES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT64: "int64",
+}
+
+
+def onnx_from_graph(module: LlavaVision, plan: ExportPlan) -> ir.Model:
+    """Export the vision module.
+
+    The result's inputs and outputs are those of `signature.py`; batch, budget and quota are dynamic.
+
+    Raises:
+        ParityError: the exporter produced other inputs, outputs or another opset than the plan says.
+    """
+    module = module.eval()
+    model = _exported(module, plan)
+    inputs, outputs = signature_of(plan)
+    batch = _axis(model.graph.inputs[0], 0)
+    budget = _axis(model.graph.outputs[0], 1)
+    clean(model, {batch: "batch", budget: "budget"})
+    model.producer_name, model.producer_version = "holov-export", __version__
+    model.graph.name = f"{plan.model.family}-vision-{plan.policy.method}"
+    _assert_signature(model, plan, inputs, outputs)
+    return model
+
+
+def signature_of(plan: ExportPlan) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """(inputs, outputs) that a plan's vision graph has."""
+    vision = plan.model.vision
+    return vision_signature(
+        image_size=vision.image_size,
+        tokens=vision.tokens,
+        width=plan.model.decoder.width,
+        dtype=plan.precision.dtype,
+    )
+
+
+def save_vision(model: ir.Model, folder: Path) -> Path:
+    """Write `vision.onnx` and `vision.onnx.data` into `folder`."""
+    path = folder / VISION
+    ir.save(model, path, external_data=f"{VISION}.data")
+    return path
+
+
+def graph_tensors(specs: tuple[TensorSpec, ...]) -> tuple[GraphTensor, ...]:
+    """Signature entries as the manifest stores them."""
+    return tuple(GraphTensor(name=spec.name, dtype=spec.dtype, shape=spec.shape) for spec in specs)
+
+
+def _exported(module: LlavaVision, plan: ExportPlan) -> ir.Model:
+    vision = plan.model.vision
+    pixels = torch.zeros(2, vision.channels, vision.image_size, vision.image_size, dtype=TORCH_DTYPES[plan.precision])
+    budget = min(2, vision.tokens)
+    arguments = (pixels, torch.tensor([budget]), torch.tensor([budget, 1]))
+    batch = torch.export.Dim.DYNAMIC
+    with _quiet():
+        program = torch.onnx.export(
+            module,
+            arguments,
+            dynamo=True,
+            opset_version=plan.opset,
+            input_names=list(INPUTS),
+            output_names=list(OUTPUTS),
+            dynamic_shapes={"pixel_values": {0: batch}, "budget": None, "quota": {0: batch}},
+            custom_translation_table=translation_table(plan.opset),
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints and warns about packages that are not needed; errors are exceptions and get through."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _axis(value: ir.Value, index: int) -> str:
+    assert value.shape is not None
+    axis = value.shape[index]
+    return str(getattr(axis, "value", axis))
+
+
+def _assert_signature(
+    model: ir.Model, plan: ExportPlan, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+) -> None:
+    reached = model.opset_imports.get("")
+    if reached != plan.opset or set(model.opset_imports) != {""}:
+        raise ParityError(f"the exporter reached opsets {dict(model.opset_imports)}, the plan says {plan.opset}.")
+    for side, values, specs in (("input", model.graph.inputs, inputs), ("output", model.graph.outputs, outputs)):
+        found = tuple(_spec_of(value) for value in values)
+        if found != specs:
+            raise ParityError(f"the exported {side}s are {found}, the signature says {specs}.")
+
+
+def _spec_of(value: ir.Value) -> TensorSpec:
+    assert value.shape is not None and value.dtype is not None and value.name is not None
+    axes = tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape)
+    return TensorSpec(value.name, _ONNX_DTYPES.get(value.dtype, str(value.dtype)), axes)

@@ -1,0 +1,56 @@
+"""How torch operators become ONNX where the exporter has no translation, or one that is worse than it need be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from holov_export.extras import require
+
+
+def translation_table(opset: int) -> dict[Any, Callable[..., Any]]:
+    """torch operator -> onnxscript function, for `torch.onnx.export(custom_translation_table=...)`.
+
+    * sort: TopK over the whole axis with a constant K. ONNX TopK keeps the lower index of equal values, so a stable
+      sort is what it is. A constant K also suits TensorRT 8.5, which reads no K from a tensor.
+    * scaled_dot_product_attention: MatMul, Softmax, MatMul with the scale on the queries only. The exporter's own
+      translation computes the transposition of the keys from their shape at run time (nine nodes a layer).
+    """
+    op = require(f"onnxscript.onnx_opset._impl.opset{opset}")
+    op = getattr(op, f"Opset{opset}")()
+
+    def sort(values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        size = values.shape[dim]
+        if not isinstance(size, int):
+            raise ValueError("only axes of a fixed length are sorted")
+        k = op.Constant(value_ints=[size])
+        return op.TopK(values, k, axis=dim, largest=int(descending), sorted=1)
+
+    def sort_unstable(values: Any, dim: int = -1, descending: bool = False) -> Any:
+        return sort(values, None, dim, descending)
+
+    def attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        if attn_mask is not None or dropout_p or is_causal or enable_gqa:
+            raise ValueError("only plain bidirectional attention is translated")
+        factor = scale if scale is not None else float(query.shape[-1]) ** -0.5
+        factor_like = op.CastLike(op.Constant(value_float=factor), query)
+        scores = op.MatMul(op.Mul(query, factor_like), op.Transpose(key, perm=[0, 1, 3, 2]))
+        return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+    aten = torch.ops.aten
+    return {
+        aten.sort.stable: sort,
+        aten.sort.default: sort_unstable,
+        aten.scaled_dot_product_attention.default: attention,
+    }

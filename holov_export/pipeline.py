@@ -1,0 +1,245 @@
+"""checkpoint --tower + selection--> graph --onnx_from_graph--> bundle: the export, step by step.
+
+Knows nothing of terminals: progress goes to a callback, results are returned.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from holov_export import __version__
+from holov_export.bundle import (
+    DECODER,
+    REPORTS,
+    SCHEMA,
+    TOKENIZER,
+    Bundle,
+    Manifest,
+    artifacts_in,
+    atomic_folder,
+    check_target,
+    provenance,
+    write_manifest,
+)
+from holov_export.catalog import Checkpoint, checkpoint_from_reference, reference_from_name
+from holov_export.errors import CheckpointError, ParityError
+from holov_export.extras import require
+from holov_export.spec import (
+    OPSETS,
+    CheckpointSource,
+    DecoderPrecision,
+    ExportPlan,
+    Precision,
+    SelectionPolicy,
+)
+from holov_export.verify.parity import ParityReport
+from holov_export.verify.pictures import default_pictures
+from holov_export.verify.vision_parity import parity_report
+
+Tell = Callable[[str], None]
+
+#: distributions whose versions go into a manifest
+_RECORDED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What a user asks for.
+
+    Attributes:
+        model: a catalogue name, a directory or OWNER/REPO[@REVISION].
+        output: folder of the bundle; None means MODEL-METHOD-PRECISION in the working directory.
+        decoder: precision of the embedded decoder; None leaves it out.
+        verify: write a parity report and refuse the export if it fails.
+    """
+
+    model: str
+    policy: SelectionPolicy
+    precision: Precision
+    decoder: DecoderPrecision | None
+    output: Path | None = None
+    overwrite: bool = False
+    verify: bool = True
+
+
+def silent(message: str) -> None:
+    """A `Tell` that says nothing."""
+
+
+def plan_from_request(request: ExportRequest, *, weights: bool = False) -> tuple[ExportPlan, Checkpoint, Path]:
+    """Resolve everything an export will do; fetches configuration files only, unless `weights`.
+
+    Returns:
+        (plan, checkpoint, absolute output folder).
+
+    Raises:
+        UsageError, EnvironmentFaultError: see `catalog` and `export.checkpoint`.
+    """
+    from holov_export.export.checkpoint import config_sha256, spec_from_checkpoint
+
+    reference = reference_from_name(request.model)
+    checkpoint = checkpoint_from_reference(reference, weights=weights)
+    spec = spec_from_checkpoint(checkpoint.folder, reference.label)
+    source = CheckpointSource(
+        kind=checkpoint.source.kind,
+        name=checkpoint.source.name,
+        revision=checkpoint.source.revision,
+        config_sha256=config_sha256(checkpoint.folder),
+    )
+    plan = ExportPlan(
+        model=spec,
+        source=source,
+        policy=request.policy,
+        precision=request.precision,
+        decoder=request.decoder,
+        opset=OPSETS[request.precision],
+    )
+    output = request.output or Path(f"{spec.name}-{request.policy.method}-{request.precision.value}")
+    return plan, checkpoint, output.absolute()
+
+
+def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundle, ParityReport | None]:
+    """Export a checkpoint as a bundle. Nothing appears at the output unless every step succeeds.
+
+    Returns:
+        (the finished bundle, its parity report or None if `request.verify` is False).
+
+    Raises:
+        HolovExportError: see `errors`; ParityError if the exported graph differs from torch or the reference.
+    """
+    tell("resolve the checkpoint")
+    plan, checkpoint, output = plan_from_request(request, weights=True)
+    check_target(output, overwrite=request.overwrite)
+    with atomic_folder(output, overwrite=request.overwrite) as work:
+        tell(f"export the vision graph ({plan.precision.value}, {plan.policy.method})")
+        _write_vision(plan, checkpoint, work)
+        _copy_tokenizer(checkpoint.folder, work)
+        if plan.decoder is not None:
+            tell(f"build the decoder ({plan.decoder.value})")
+            _write_decoder(plan, checkpoint, work)
+        bundle = Bundle(work, _manifest(plan, work, hashed=False))
+        report = None
+        if request.verify:
+            tell("compare with torch and the reference")
+            report = verify_vision(bundle, checkpoint.folder, default_pictures(), with_transformers=False)
+            _write_report(report, work)
+            refuse_if_failed(report)
+        tell("hash and write the manifest")
+        manifest = _manifest(plan, work, hashed=True)
+        write_manifest(work, manifest)
+    return Bundle(output, manifest), report
+
+
+def verify_vision(
+    bundle: Bundle,
+    checkpoint: Path | None,
+    pictures: Sequence[tuple[str, Image.Image]],
+    *,
+    with_transformers: bool = True,
+    tell: Tell = silent,
+) -> ParityReport:
+    """Compare a bundle's vision graph at three budgets: a ninth of the tokens, a single one, and all of them."""
+    tokens = bundle.manifest.plan.model.vision.tokens
+    return parity_report(
+        bundle,
+        pictures,
+        checkpoint=checkpoint,
+        budgets=sorted({1, max(1, tokens // 9), tokens}),
+        with_transformers=with_transformers,
+        tell=tell,
+    )
+
+
+def refuse_if_failed(report: ParityReport) -> None:
+    """Raise ParityError naming the worst comparison of a report that did not pass."""
+    for comparison in report.comparisons:
+        if not comparison.passed:
+            raise ParityError(
+                f"{comparison.left} and {comparison.right} differ at budget {comparison.budget}: "
+                f"token error {comparison.token_error:.2e}, overlap {comparison.overlap:.3f}, "
+                f"saliency error {comparison.saliency_error or 0.0:.2e}.",
+                hint="The bundle was not accepted; --no-verify writes it nevertheless.",
+            )
+
+
+def _write_vision(plan: ExportPlan, checkpoint: Checkpoint, work: Path) -> None:
+    from holov_export.export.onnx_from_graph import onnx_from_graph, save_vision
+    from holov_export.vision.clip import vision_from_checkpoint
+    from holov_export.vision.weights import SafetensorsReader
+
+    with SafetensorsReader(checkpoint.folder) as reader:
+        module = vision_from_checkpoint(plan.model, plan.policy, reader, plan.precision)
+    save_vision(onnx_from_graph(module, plan), work)
+
+
+def _write_decoder(plan: ExportPlan, checkpoint: Checkpoint, work: Path) -> None:
+    from holov_export.export.decoder_onnx import decoder_from_checkpoint
+
+    assert plan.decoder is not None
+    decoder_from_checkpoint(checkpoint.folder, work / DECODER, plan.model.decoder, plan.decoder)
+
+
+def _copy_tokenizer(folder: Path, work: Path) -> None:
+    path = folder / TOKENIZER
+    if not path.is_file():
+        raise CheckpointError(
+            f"the checkpoint has no {TOKENIZER}.", hint="Save it with transformers' fast tokenizer first."
+        )
+    try:
+        require("tokenizers").Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises a bare Exception
+        raise CheckpointError(f"{TOKENIZER} of the checkpoint does not parse ({error}).") from error
+    shutil.copyfile(path, work / TOKENIZER)
+
+
+def _write_report(report: ParityReport, work: Path) -> None:
+    (work / REPORTS).mkdir(exist_ok=True)
+    (work / REPORTS / "parity.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _manifest(plan: ExportPlan, work: Path, *, hashed: bool) -> Manifest:
+    from holov_export.export.onnx_from_graph import graph_tensors, signature_of
+
+    inputs, outputs = signature_of(plan)
+    return Manifest(
+        schema_version=SCHEMA,
+        plan=plan,
+        inputs=graph_tensors(inputs),
+        outputs=graph_tensors(outputs),
+        artifacts=artifacts_in(work) if hashed else (),
+        provenance=provenance(__version__, dict(_library_versions())),
+    )
+
+
+def _library_versions() -> Iterator[tuple[str, str]]:
+    for name in _RECORDED:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+def checkpoint_of(bundle: Bundle, model: str | None) -> Path | None:
+    """The checkpoint that a bundle came from: named by `model`, or the one that ships; None if neither is known.
+
+    Raises:
+        CheckpointError: the checkpoint's config.json is not the one that was exported.
+    """
+    from holov_export.export.checkpoint import config_sha256
+
+    source = bundle.manifest.plan.source
+    if model is None and source.kind != "bundled":
+        return None
+    folder = checkpoint_from_reference(reference_from_name(model or source.name)).folder
+    if not (folder / "config.json").is_file() or config_sha256(folder) != source.config_sha256:
+        raise CheckpointError(
+            f"'{model or source.name}' is not the checkpoint that the bundle was exported from ('{source.name}').",
+            hint="Name the right one: --checkpoint DIR",
+        )
+    return folder

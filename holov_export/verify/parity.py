@@ -1,0 +1,173 @@
+"""One function compares two back ends, whoever they are: reference, torch, ONNX Runtime, TensorRT, transformers.
+
+Selection is discontinuous (a quota is a floor), so results are compared in this order: kept sets, then the rows of the
+positions that both kept. An overlap below 1 is reported, not hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from holov_export.spec import Frozen, Precision
+from holov_export.tensors import VisualTokens
+
+
+class Tolerance(Frozen):
+    """What still counts as equal.
+
+    Attributes:
+        tokens: largest difference of a row's element, relative to the largest magnitude among the rows.
+        saliency: largest absolute difference of the saliency (it sums to at most 1).
+        overlap: smallest share of kept positions in common, over all pictures.
+    """
+
+    tokens: float
+    saliency: float
+    overlap: float
+
+
+#: fp32 back ends differ by rounding only; fp16 and bf16 are compared with a float32 run, so weights differ as well
+TOLERANCES = {
+    Precision.FP32: Tolerance(tokens=1e-5, saliency=1e-5, overlap=1.0),
+    Precision.FP16: Tolerance(tokens=2e-2, saliency=2e-2, overlap=0.9),
+    Precision.BF16: Tolerance(tokens=1e-1, saliency=5e-2, overlap=0.8),
+}
+
+
+class Comparison(Frozen):
+    """How far two back ends are apart on a batch of pictures.
+
+    Attributes:
+        left, right: names of the back ends. budget: asked. pictures: how many.
+        token_error: largest difference of rows at common positions, relative to the largest magnitude.
+        token_cosine: smallest cosine between two rows at a common position.
+        saliency_error: largest absolute difference, None if one side has no saliency.
+        overlap: smallest share of kept positions in common. same_sets: pictures whose kept sets are equal.
+        same_order: pictures whose kept positions are equal in order.
+        same_counts: True if both kept as many tokens of each picture.
+        passed: within the tolerance.
+    """
+
+    left: str
+    right: str
+    budget: int
+    pictures: int
+    token_error: float
+    token_cosine: float
+    saliency_error: float | None
+    overlap: float
+    same_sets: int
+    same_order: int
+    same_counts: bool
+    passed: bool
+
+
+class ParityReport(Frozen):
+    """All comparisons of one bundle; goes to `reports/parity.json`.
+
+    Attributes:
+        pictures: names of the pictures. skipped: what could not be compared here, with the reason.
+    """
+
+    precision: Precision
+    method: str
+    pictures: tuple[str, ...]
+    comparisons: tuple[Comparison, ...]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return all(comparison.passed for comparison in self.comparisons)
+
+
+def compare(
+    left: VisualTokens,
+    right: VisualTokens,
+    *,
+    names: tuple[str, str],
+    budget: int,
+    tolerance: Tolerance,
+) -> Comparison:
+    """Compare two results for the same pictures, budget and quotas.
+
+    A side without rows (the reference decides positions only) has `tokens` of width 0; then only sets are compared.
+    """
+    pairs = [_compare_picture(left, right, image) for image in range(len(left))]
+    scale = max((pair.scale for pair in pairs), default=0.0) or 1.0
+    token_error = max((pair.difference for pair in pairs), default=0.0) / scale
+    overlap = min((pair.overlap for pair in pairs), default=1.0)
+    saliency_error = _saliency_error(left.saliency, right.saliency)
+    same_counts = bool(np.array_equal(left.counts, right.counts))
+    passed = (
+        same_counts
+        and token_error <= tolerance.tokens
+        and overlap >= tolerance.overlap
+        and (saliency_error is None or saliency_error <= tolerance.saliency)
+    )
+    return Comparison(
+        left=names[0],
+        right=names[1],
+        budget=budget,
+        pictures=len(pairs),
+        token_error=float(token_error),
+        token_cosine=float(min((pair.cosine for pair in pairs), default=1.0)),
+        saliency_error=saliency_error,
+        overlap=float(overlap),
+        same_sets=sum(pair.overlap == 1.0 for pair in pairs),
+        same_order=sum(pair.same_order for pair in pairs),
+        same_counts=same_counts,
+        passed=passed,
+    )
+
+
+class _Pair(Frozen):
+    difference: float
+    scale: float
+    cosine: float
+    overlap: float
+    same_order: bool
+
+
+def _compare_picture(left: VisualTokens, right: VisualTokens, image: int) -> _Pair:
+    kept_left = left.positions[image, : int(left.counts[image])]
+    kept_right = right.positions[image, : int(right.counts[image])]
+    real_left, real_right = kept_left[kept_left >= 0], kept_right[kept_right >= 0]
+    _, at_left, at_right = np.intersect1d(kept_left, kept_right, return_indices=True)
+    common = kept_left[at_left] >= 0
+    rows_left = left.tokens[image][at_left[common]].astype(np.float64)
+    rows_right = right.tokens[image][at_right[common]].astype(np.float64)
+    largest = max(len(real_left), len(real_right), 1)
+    compared = rows_left.size and rows_right.size
+    return _Pair(
+        difference=float(np.abs(rows_left - rows_right).max()) if compared else 0.0,
+        scale=float(np.abs(rows_left).max()) if compared else 0.0,
+        cosine=float(_cosines(rows_left, rows_right).min()) if compared else 1.0,
+        overlap=1.0 if largest == 1 and not len(real_left) else float(common.sum()) / largest,
+        same_order=bool(np.array_equal(kept_left, kept_right)),
+    )
+
+
+def _cosines(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    cosines: npt.NDArray[np.float64] = (left * right).sum(1) / np.maximum(norms, 1e-30)
+    return cosines
+
+
+def _saliency_error(
+    left: npt.NDArray[np.float32] | None, right: npt.NDArray[np.float32] | None
+) -> float | None:
+    if left is None or right is None:
+        return None
+    return float(np.abs(left - right).max())
+
+
+def positions_only(positions: Sequence[npt.NDArray[np.int64]], budget: int) -> VisualTokens:
+    """A result without rows, from one array of kept positions a picture (the reference gives these)."""
+    padded = np.full((len(positions), budget), -1, dtype=np.int64)
+    for image, kept in enumerate(positions):
+        padded[image, : len(kept)] = kept
+    counts = np.array([len(kept) for kept in positions], dtype=np.int64)
+    return VisualTokens(np.zeros((len(positions), budget, 0), np.float32), padded, counts)

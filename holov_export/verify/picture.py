@@ -1,0 +1,156 @@
+"""Draw what a selection kept: the photograph with kept tokens lit, pruned ones dimmed, crop borders and quotas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from holov_export.bundle import Bundle
+from holov_export.errors import UsageError
+from holov_export.runtime.preprocess import image_from, pixels_from_images
+from holov_export.runtime.runner import checked_budget
+from holov_export.runtime.runner_ort import OrtRunner
+from holov_export.selection.geometry import crops_of_grid
+from holov_export.selection.reference import positions_of
+from holov_export.spec import CropLayout, FeatureSource, SelectionPolicy, policy_from_settings
+from holov_export.tensors import CropBox, Int64Array
+
+#: share of a pruned token's brightness that is left
+_DIM = 0.22
+_BORDER = (255, 176, 0)
+_CAPTION = 30
+_FONT = 15
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One rule's result on one picture.
+
+    Attributes:
+        policy: the rule. positions: kept, without padding. zero_rows: rows that the rule filled with zeros.
+    """
+
+    policy: SelectionPolicy
+    positions: Int64Array
+    zero_rows: int
+
+
+def panels_from_bundle(
+    bundle: Bundle, source: str | Path, budget: int, methods: Sequence[str], *, provider: str = "auto"
+) -> tuple[Image.Image, CropBox, list[Panel]]:
+    """Run the bundle's graph on a picture; other rules decide from the same saliency.
+
+    Returns:
+        (upright picture, the part of it that the tower sees, one panel a method).
+
+    Raises:
+        UsageError: a method that reads features and is not the bundle's own.
+    """
+    plan = bundle.manifest.plan
+    picture = image_from(source)
+    pixels = pixels_from_images([picture], plan.model.image)
+    budget = checked_budget(budget, plan.model.vision.tokens)
+    with OrtRunner(bundle, provider=provider) as runner:
+        seen = runner.run(pixels, budget, saliency=True)
+    assert seen.saliency is not None
+    panels = []
+    for method in methods:
+        if method == plan.policy.method:
+            policy, kept = plan.policy, seen.positions[0, : int(seen.counts[0])]
+        else:
+            policy = policy_from_settings(method)
+            if policy.features is not FeatureSource.NONE:
+                raise UsageError(
+                    f"'{method}' reads features that this bundle does not give.",
+                    hint=f"Export one with --method {method} and show that.",
+                )
+            kept = positions_of(policy, seen.saliency[0], budget, plan.model.vision.grid)
+        panels.append(Panel(policy, kept[kept >= 0], int((kept < 0).sum())))
+    return picture, pixels.boxes[0], panels
+
+
+def picture_of_panels(
+    picture: Image.Image, box: CropBox, panels: Sequence[Panel], grid: tuple[int, int], *, side: int = 480
+) -> Image.Image:
+    """The original with the seen part outlined is left out on purpose: each panel shows the seen part itself.
+
+    Args:
+        picture: upright RGB. box: the part that the tower sees. grid: (rows, columns) of tokens.
+        side: pixels of the longer side of a panel.
+
+    Returns:
+        the panels side by side, each with a caption.
+    """
+    seen = _seen_part(picture, box, side)
+    gap = 12
+    canvas = Image.new("RGB", (len(panels) * (seen.width + gap) - gap, seen.height + _CAPTION), (24, 24, 24))
+    for index, panel in enumerate(panels):
+        left = index * (seen.width + gap)
+        canvas.paste(_lit(seen, panel, grid), (left, _CAPTION))
+        zeros = f", {panel.zero_rows} zero rows" if panel.zero_rows else ""
+        total = grid[0] * grid[1]
+        caption = f"{panel.policy.method}: {len(panel.positions)} of {total}{zeros}"
+        ImageDraw.Draw(canvas).text((left + 4, 6), caption, fill=(235, 235, 235), font=_font())
+    return canvas
+
+
+def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(_FONT)
+
+
+def _seen_part(picture: Image.Image, box: CropBox, side: int) -> Image.Image:
+    """Cut the box out of the picture (black where it passes the border), its longer side `side` pixels."""
+    width, height = box.right - box.left, box.bottom - box.top
+    scale = side / max(width, height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return picture.transform(
+        size, Image.Transform.EXTENT, (box.left, box.top, box.right, box.bottom), Image.Resampling.BICUBIC
+    )
+
+
+def _lit(seen: Image.Image, panel: Panel, grid: tuple[int, int]) -> Image.Image:
+    rows, columns = grid
+    kept = np.zeros(rows * columns, dtype=np.uint8)
+    kept[panel.positions] = 255
+    mask = Image.fromarray(kept.reshape(grid)).resize(seen.size, Image.Resampling.NEAREST)
+    grey = seen.convert("L").convert("RGB").point(lambda level: int(level * _DIM))
+    lit = Image.composite(seen, grey, mask)
+    layout = _layout_of(panel.policy)
+    if layout is not None:
+        _draw_crops(lit, panel, grid, layout)
+    return lit
+
+
+def _layout_of(policy: SelectionPolicy) -> CropLayout | None:
+    """The layout of a rule's crops; None for rules without crops."""
+    if "crops" not in type(policy).model_fields:
+        return None
+    return getattr(policy, "layout", CropLayout.STRIPS)
+
+
+def _draw_crops(lit: Image.Image, panel: Panel, grid: tuple[int, int], layout: CropLayout) -> None:
+    """Border lines between tokens of different crops, and each crop's count at its first token."""
+    rows, columns = grid
+    draw = ImageDraw.Draw(lit)
+    crops = crops_of_grid(grid, int(getattr(panel.policy, "crops", 1)), layout)
+    of_token = np.empty(rows * columns, dtype=np.int64)
+    for index, crop in enumerate(crops):
+        of_token[crop] = index
+    square = of_token.reshape(grid)
+    step_x, step_y = lit.width / columns, lit.height / rows
+    for row in range(rows):
+        for column in range(columns):
+            x, y = column * step_x, row * step_y
+            if column + 1 < columns and square[row, column] != square[row, column + 1]:
+                draw.line([(x + step_x, y), (x + step_x, y + step_y)], fill=_BORDER, width=1)
+            if row + 1 < rows and square[row, column] != square[row + 1, column]:
+                draw.line([(x, y + step_y), (x + step_x, y + step_y)], fill=_BORDER, width=1)
+    kept = np.isin(np.arange(rows * columns), panel.positions)
+    for crop in crops:
+        row, column = divmod(int(crop[0]), columns)
+        where = (column * step_x + 3, row * step_y + 1)
+        draw.text(where, str(int(kept[crop].sum())), fill=_BORDER, font=_font(), stroke_width=2, stroke_fill=(0, 0, 0))
