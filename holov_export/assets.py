@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from holov_export.errors import EnvironmentFaultError
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -14,9 +16,12 @@ def data_folder(name: str) -> Path:
     """The folder `name` ("demo-model", "demo-scenes", "engines", "calibration").
 
     Raises:
-        FileNotFoundError: the installation is incomplete.
+        EnvironmentFaultError: the installation is incomplete.
     """
     for candidate in (_PACKAGE / "data" / name, _PACKAGE.parent / name):
         if candidate.is_dir():
             return candidate
-    raise FileNotFoundError(f"the folder '{name}' is missing from this installation of holov-export")
+    raise EnvironmentFaultError(
+        f"the folder '{name}' is missing from this installation of holov-export.",
+        hint="Install it again: pip install --force-reinstall --no-deps holov-export",
+    )

@@ -241,11 +241,8 @@ def atomic_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     """
     target = Path(os.path.abspath(target))
     check_target(target, overwrite=overwrite)
-    with _storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = (target.parent / f".{target.name}.lock").open("a")
-    try:
-        _take_lock(lock, target)
+    with _lock(target):
+        check_target(target, overwrite=overwrite)  # another export may have ended just before we took the lock
         with _storage_errors(target):
             _sweep(target)
             work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
@@ -258,9 +255,6 @@ def atomic_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-    finally:
-        Path(lock.name).unlink(missing_ok=True)
-        lock.close()
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -268,13 +262,35 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
     Raises:
         BundleError: `target` exists and is no bundle, or `overwrite` is False.
+        StorageError: it cannot be looked at.
     """
-    if not target.exists():
-        return
-    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
+    with _storage_errors(target):
+        if not target.exists():
+            return
+        holds_something = not target.is_dir() or any(target.iterdir())
+        is_bundle = (target / MANIFEST).is_file()
+    if holds_something and not is_bundle:
         raise BundleError(f"'{target}' exists and is not a bundle.", hint="Choose another --output.")
-    if not overwrite and any(target.iterdir()):
+    if holds_something and not overwrite:
         raise BundleError(f"'{target}' already holds a bundle.", hint="Add --overwrite to replace it.")
+
+
+@contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    """Hold the lock file beside `target`. The operating system lets go of it when a process is killed.
+
+    Raises:
+        StorageError: another process holds it, or it cannot be made.
+    """
+    with _storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = (target.parent / f".{target.name}.lock").open("a")
+    with lock:
+        _take_lock(lock, target)
+        try:
+            yield
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
 
 
 def _take_lock(lock: IO[str], target: Path) -> None:
@@ -284,8 +300,12 @@ def _take_lock(lock: IO[str], target: Path) -> None:
 
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise StorageError(f"another export is writing to '{target}'.", hint="Wait for it to end.") from error
+        # whoever held it may have removed the file between our open and our lock; then a third may hold a new one
+        held = os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))
+    except OSError:
+        held = False
+    if not held:
+        raise StorageError(f"another export is writing to '{target}'.", hint="Wait for it to end.")
 
 
 def _sweep(target: Path) -> None:
@@ -304,7 +324,11 @@ def _replace(work: Path, target: Path) -> None:
     else:
         old = work.with_name(work.name.replace(".partial-", ".replaced-"))
         os.rename(target, old)
-        os.rename(work, target)
+        try:
+            os.rename(work, target)
+        except BaseException:
+            os.rename(old, target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     _fsync_path(target.parent)
 
@@ -349,6 +373,8 @@ def _storage_errors(target: Path) -> Iterator[None]:
         errno.EPERM: "permission denied",
         errno.EFBIG: "a file is larger than the limit",
         errno.ENOTDIR: "a part of the path is not a folder",
+        errno.EEXIST: "a part of the path is not a folder",
+        errno.ENAMETOOLONG: "the name is too long",
     }
     try:
         yield

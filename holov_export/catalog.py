@@ -93,14 +93,18 @@ def reference_from_name(model: str) -> ModelReference:
             return ModelReference(entry.name, "bundled", folder=data_folder("demo-model"))
         return ModelReference(entry.name, "hub", entry.repository, entry.revision)
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():  # Path("") is the working directory
         return ModelReference(path.resolve().name, "local", folder=path.resolve())
-    looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.endswith("/") or path.exists()
+    looks_like_path = (
+        path.is_absolute() or model.startswith((".", "~")) or model.endswith("/") or (model and path.exists())
+    )
     if model.count("/") == 1 and not looks_like_path:
         repository, _, revision = model.partition("@")
         return ModelReference(repository.rsplit("/", 1)[-1], "hub", repository, revision or None)
     if looks_like_path or "/" in model:
-        raise UnknownNameError(f"'{model}' is not a directory.", hint="--model takes a name, a directory or OWNER/REPO.")
+        raise UnknownNameError(
+            f"'{model}' is not a directory.", hint="--model takes a name, a directory or OWNER/REPO."
+        )
     raise UnknownNameError(
         f"unknown model '{model}'.",
         hint=f"Known names: {', '.join(CATALOG)}. A directory or OWNER/REPO[@REVISION] works as well.",
@@ -131,9 +135,7 @@ def _cached(reference: ModelReference, *, weights: bool) -> Path | None:
     """The hub cache's copy if it is complete. A dry run leaves one without weights."""
     hub = require("huggingface_hub")
     try:
-        folder = Path(
-            hub.snapshot_download(reference.repository, revision=reference.revision, local_files_only=True)
-        )
+        folder = Path(hub.snapshot_download(reference.repository, revision=reference.revision, local_files_only=True))
     except (hub.errors.LocalEntryNotFoundError, OSError, ValueError):
         return None
     index = folder / "model.safetensors.index.json"
@@ -155,11 +157,11 @@ def _downloaded(reference: ModelReference, *, weights: bool) -> Path:
     if hub.constants.HF_HUB_OFFLINE or not _hub_answers(str(hub.constants.ENDPOINT)):
         raise unreachable
     try:
-        return Path(
-            hub.snapshot_download(reference.repository, revision=reference.revision, allow_patterns=patterns)
-        )
+        return Path(hub.snapshot_download(reference.repository, revision=reference.revision, allow_patterns=patterns))
     except hub.errors.RepositoryNotFoundError as error:
-        raise CheckpointError(f"'{reference.repository}' does not exist on the hub or is private.", hint=advice) from error
+        raise CheckpointError(
+            f"'{reference.repository}' does not exist on the hub or is private.", hint=advice
+        ) from error
     except hub.errors.RevisionNotFoundError as error:
         raise CheckpointError(f"'{reference.repository}' has no revision {reference.revision}.", hint=advice) from error
     except (hub.errors.LocalEntryNotFoundError, hub.errors.HfHubHTTPError, OSError) as error:

@@ -76,4 +76,6 @@ def _cuda() -> Finding:
         return Finding(subject="CUDA driver", state="fault", found=f"cuInit returned {code}", advice="see nvidia-smi")
     version = ctypes.c_int()
     driver.cuDriverGetVersion(ctypes.byref(version))
-    return Finding(subject="CUDA driver", state="ok", found=f"CUDA {version.value // 1000}.{version.value % 1000 // 10}")
+    return Finding(
+        subject="CUDA driver", state="ok", found=f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    )

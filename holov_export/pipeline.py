@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 
@@ -56,6 +57,7 @@ class ExportRequest:
         model: a catalogue name, a directory or OWNER/REPO[@REVISION].
         output: folder of the bundle; None means MODEL-METHOD-PRECISION in the working directory.
         decoder: precision of the embedded decoder; None leaves it out.
+        decoder_provider: "cpu" or "cuda", what the decoder's graph is built for.
         verify: write a parity report and refuse the export if it fails.
     """
 
@@ -66,6 +68,7 @@ class ExportRequest:
     output: Path | None = None
     overwrite: bool = False
     verify: bool = True
+    decoder_provider: Literal["cpu", "cuda"] = "cpu"
 
 
 def silent(message: str) -> None:
@@ -82,7 +85,10 @@ def plan_from_request(request: ExportRequest, *, weights: bool = False) -> tuple
         UsageError, EnvironmentFaultError: see `catalog` and `export.checkpoint`.
     """
     from holov_export.export.checkpoint import config_sha256, spec_from_checkpoint
+    from holov_export.export.decoder_onnx import check_precision
 
+    if request.decoder is not None:
+        check_precision(request.decoder, request.decoder_provider)
     reference = reference_from_name(request.model)
     checkpoint = checkpoint_from_reference(reference, weights=weights)
     spec = spec_from_checkpoint(checkpoint.folder, reference.label)
@@ -98,6 +104,7 @@ def plan_from_request(request: ExportRequest, *, weights: bool = False) -> tuple
         policy=request.policy,
         precision=request.precision,
         decoder=request.decoder,
+        decoder_provider=request.decoder_provider,
         opset=OPSETS[request.precision],
     )
     output = request.output or Path(f"{spec.name}-{request.policy.method}-{request.precision.value}")
@@ -182,7 +189,9 @@ def _write_decoder(plan: ExportPlan, checkpoint: Checkpoint, work: Path) -> None
     from holov_export.export.decoder_onnx import decoder_from_checkpoint
 
     assert plan.decoder is not None
-    decoder_from_checkpoint(checkpoint.folder, work / DECODER, plan.model.decoder, plan.decoder)
+    decoder_from_checkpoint(
+        checkpoint.folder, work / DECODER, plan.model.decoder, plan.decoder, provider=plan.decoder_provider
+    )
 
 
 def _copy_tokenizer(folder: Path, work: Path) -> None:

@@ -296,6 +296,7 @@ class ExportPlan(Frozen):
 
     Attributes:
         precision: of the vision graph. decoder: precision of the embedded decoder, or None to leave it out.
+        decoder_provider: execution provider that the decoder's graph is built for; a runtime may choose another.
         opset: of the vision graph, asserted after export.
     """
 
@@ -304,6 +305,7 @@ class ExportPlan(Frozen):
     policy: SelectionPolicy
     precision: Precision
     decoder: DecoderPrecision | None
+    decoder_provider: Literal["cpu", "cuda"] = "cpu"
     opset: int = 18
 
     @field_validator("opset")

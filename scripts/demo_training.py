@@ -324,6 +324,19 @@ class Reader(nn.Module):
         hidden = hidden[:, len(self.layout.prefix) + tokens.shape[1] :][:, self.layout.answers]
         return self.head(self.language.norm(hidden))
 
+    def alignment_loss(self, tokens: Tensor, batch: ds.SceneBatch) -> Tensor:
+        """How far projected features [B, N, D] of inked patches point away from the embeddings of their digit's
+        and colour's words, as cross-entropy of cosines. It stands in for LLaVA's alignment on captions."""
+        digit, color = (torch.from_numpy(labels) for labels in (batch.patch_digit, batch.patch_color))
+        inked = digit < 10
+        projected = F.normalize(self.projector(tokens[inked]), dim=-1)
+        words = F.normalize(self.language.embed_tokens.weight, dim=-1)
+        loss = torch.zeros(())
+        for names, labels in ((range(10), digit), (ds.COLOR_NAMES, color)):
+            ids = torch.tensor([self.layout.vocabulary[str(name)] for name in names])
+            loss = loss + F.cross_entropy(10 * projected @ words[ids].mT, labels[inked])
+        return loss
+
     def forward(self, tokens: Tensor, ids: Tensor) -> Tensor:
         """Image features [B, K, D], packed ids [B, total] -> logits [B, A, V] at the answer positions."""
         return self.decode(tokens, ids, *self.plan(tokens.shape[1]))

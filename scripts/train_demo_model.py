@@ -42,8 +42,8 @@ class Plan:
 
     sheets: int = 1000
     scenes: int = 850
-    language: int = 1200
-    dropping: int = 600
+    language: int = 1000
+    dropping: int = 550
     batch: int = 32
     test_scenes: int = 400
     generated: int = 240  # questions answered with generate() as well
@@ -143,10 +143,11 @@ class Training:
             ids, targets = self.layout.pack(questions)
             with torch.no_grad():
                 tokens = features_of(self.tower, dt.pixels_from_images(batch.images))[0][:, 1:]
+            aligned = 0.0 if dropping else 0.3 * reader.alignment_loss(tokens, batch)
             if dropping and (kept := int(rng.choice(KEPT))) < tokens.shape[1]:
                 tokens = dt.gathered(tokens, dt.kept_patches(batch, kept, rng))
             loss = F.cross_entropy(reader(tokens.contiguous(), ids).flatten(0, 1), targets.flatten())
-            loss.backward()
+            (loss + aligned).backward()
             peak, hold = (DROP_RATE, 0.0) if dropping else (PEAK_RATE, 0.4)
             optimizer.step(dt.learning_rate(step, steps, peak, hold))
             if step % 50 == 49:

@@ -27,8 +27,9 @@ CHAT_TEMPLATE = (
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 _CORPUS = (
-    "USER: ASSISTANT: what is shown in this picture and how many digits are there? the red one is left of the blue one, "
-    "below it there is a yellow seven. answer in one word. describe the image in detail. naïve café, straße, 7 + 5 = 12."
+    "USER: ASSISTANT: what is shown in this picture and how many digits are there? the red one is left of the "
+    "blue one, below it there is a yellow seven. answer in one word. describe the image in detail. naïve café, "
+    "straße, 7 + 5 = 12."
 )
 
 
@@ -49,7 +50,7 @@ class TinyLlava:
     kv_heads: int = 2
     mlp: int = 160
     vocab: int = 416
-    context: int = 256
+    context: int = 512
     tied: bool = False
     byte_level: bool = False
     seed: int = 0
@@ -142,7 +143,7 @@ def model_from_sizes(sizes: TinyLlava, image_token_id: int) -> LlavaForCondition
             if "norm" in name:
                 continue
             if "vision_tower" in name and (".q_proj.weight" in name or ".k_proj.weight" in name):
-                parameter.mul_(20.0)  # random weights attend evenly to everything; a trained CLS token does not
+                parameter.mul_(3.0)  # random weights attend evenly to everything; a trained CLS token does not
             elif "language_model" in name or "lm_head" in name:
                 parameter.mul_(4.0)
     return model

@@ -28,12 +28,12 @@ _provider = click.option(
 @click.argument("prompt")
 @click.option("--budget", type=int, help="Visual tokens of each image [default: a ninth of them].")
 @click.option("--quota", "quotas", type=int, multiple=True, help="Tokens of one image, at most the budget; repeat.")
-@click.option("--decoder", type=click.Choice(["genai", "hf"]), default="genai", show_default=True)
+@click.option("--decoder", type=click.Choice(["genai", "hf"]), default="genai", show_default=True, help="Back end.")
 @click.option("--checkpoint", help="For --decoder hf: directory, name or OWNER/REPO of the weights.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(0), default=0, help="Sample among the k most likely tokens; 0 is all.")
-@click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True)
+@click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Sample in this nucleus.")
 @click.option("--seed", type=int, help="Of the sampler.")
 @click.option("--stop", multiple=True, help="A string that ends the answer; repeat for more.")
 @click.option("--raw", is_flag=True, help="The prompt is complete: no chat template is put around it.")
@@ -67,9 +67,7 @@ def ask(
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    with Session.open(
-        bundle, decoder=decoder, provider=provider, threads=threads, checkpoint=weights
-    ) as session:
+    with Session.open(bundle, decoder=decoder, provider=provider, threads=threads, checkpoint=weights) as session:
         answer = session.ask(
             list(images),
             prompt,
@@ -130,7 +128,9 @@ def _timing_line(answer: Generation) -> str:
 @click.option("--budget", type=int, help="Visual tokens [default: a ninth of them].")
 @click.option("--methods", help=f"Rules side by side, comma separated: {', '.join(POLICIES)} [default: the bundle's].")
 @click.option("--side", type=click.IntRange(64, 4096), default=480, show_default=True, help="Pixels of a panel.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("kept.png"), show_default=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("kept.png"), show_default=True, help="The picture."
+)
 @_provider
 def show(
     bundle: Path, image: str, budget: int | None, methods: str | None, side: int, output: Path, provider: str

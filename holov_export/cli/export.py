@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from pydantic import ValidationError
@@ -28,6 +28,13 @@ from holov_export.verify.parity import ParityReport
     type=click.Choice([item.value for item in DecoderPrecision]),
     help="Weights of the embedded decoder [default: fp32 beside --fp32, else fp16].",
 )
+@click.option(
+    "--decoder-provider",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="What the decoder's graph is built for.",
+)
 @click.option("--no-decoder", is_flag=True, help="Leave the decoder out: vision graph and tokenizer only.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the bundle.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
@@ -40,6 +47,7 @@ def export(
     method: str,
     settings: tuple[str, ...],
     decoder_precision: str | None,
+    decoder_provider: Literal["cpu", "cuda"],
     no_decoder: bool,
     output: Path | None,
     overwrite: bool,
@@ -58,6 +66,7 @@ def export(
         output=output,
         overwrite=overwrite,
         verify=not no_verify,
+        decoder_provider=decoder_provider,
     )
     if dry_run:
         plan, _, target = plan_from_request(request)
@@ -136,7 +145,14 @@ def _print_result(bundle: Bundle, report: ParityReport | None) -> None:
 def parity_table(report: ParityReport) -> Any:
     """The comparisons of a report, one line each."""
     made = table(
-        "compared", "budget>", "token error>", "cosine>", "saliency error>", "overlap>", "equal sets>", "",
+        "compared",
+        "budget>",
+        "token error>",
+        "cosine>",
+        "saliency error>",
+        "overlap>",
+        "equal sets>",
+        "",
         title=f"parity, {report.method} {report.precision.value}, {len(report.pictures)} pictures",
     )
     for item in report.comparisons:

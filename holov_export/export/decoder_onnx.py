@@ -42,6 +42,8 @@ VISION_GRAPH = "vision.onnx"
 CONFIG = "genai_config.json"
 #: larger embedding tables go into a file beside the graph; protobuf ends at 2 GB
 EXTERNAL_BYTES = 64 << 20
+#: of those, only tensors above this leave the graph
+SIZE_THRESHOLD = 1 << 20
 PRECISIONS_OF_PROVIDER = {
     "cpu": (DecoderPrecision.FP32, DecoderPrecision.FP16, DecoderPrecision.INT4),
     "cuda": tuple(DecoderPrecision),
@@ -184,8 +186,8 @@ def _write_vision_graph(path: Path, width: int, dtype: int) -> None:
 def _write_embedding_graph(path: Path, table: StoredTensor, image_token_id: int, dtype: int) -> None:
     """`input_ids`, `image_features` -> `inputs_embeds`: the rows take the places of the placeholders, in order.
 
-    The Slice matters while decoding: there are no rows then, and without it a model that itself produces the placeholder
-    would end in an error of ScatterND.
+    The Slice matters while decoding: there are no rows then, and without it a model that itself produces the
+    placeholder would end in an error of ScatterND.
     """
     onnx = require("onnx")
     helper = onnx.helper
@@ -222,8 +224,8 @@ def _write_embedding_graph(path: Path, table: StoredTensor, image_token_id: int,
 def _stored_table(table: StoredTensor, dtype: int) -> tuple[npt.NDArray[np.generic], int]:
     """The embedding table and onnx's number of the type it is stored in.
 
-    A table of 16 bits stays as it is, also before a float32 decoder: the Cast after Gather is exact and the file is half
-    as large (262 instead of 525 MB for LLaVA-1.5-7B). Only a float32 table is narrowed, to the decoder's float16.
+    A table of 16 bits stays as it is, also before a float32 decoder: the Cast after Gather is exact and the file is
+    half as large (262 instead of 525 MB for LLaVA-1.5-7B). Only a float32 table is narrowed, to the decoder's float16.
     """
     onnx = require("onnx")
     types = {"F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16, "BF16": onnx.TensorProto.BFLOAT16}
@@ -238,7 +240,8 @@ def _save(path: Path, graph: Any, *, external: bool = False) -> None:
     opset = onnx.helper.make_opsetid("", 17)
     model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9, producer_name="holov-export")
     onnx.checker.check_model(model)
-    onnx.save(model, str(path), save_as_external_data=external, location=f"{path.name}.data", size_threshold=1 << 20)
+    beside = {"location": f"{path.name}.data", "size_threshold": SIZE_THRESHOLD} if external else {}
+    onnx.save(model, str(path), save_as_external_data=external, **beside)
 
 
 def _patch_config(path: Path, spec: DecoderSpec, provider: str) -> None:

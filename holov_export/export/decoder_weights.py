@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -100,17 +101,20 @@ def _header(shard: Path) -> Iterator[tuple[str, StoredTensor]]:
         if not 2 <= length <= min(_HEADER_LIMIT, size):
             raise CheckpointError(f"{shard.name} is no safetensors file or is truncated.")
         try:
-            entries: dict[str, dict[str, object]] = json.loads(stream.read(length))
+            entries: dict[str, dict[str, Any]] = json.loads(stream.read(length))
         except ValueError as error:
             raise CheckpointError(f"{shard.name} has a damaged header: {error}.") from error
     for key, entry in entries.items():
         if key == "__metadata__":
             continue
-        begin, end = (8 + length + int(offset) for offset in entry["data_offsets"])  # type: ignore[attr-defined]
+        try:
+            begin, end = (8 + length + int(offset) for offset in entry["data_offsets"])
+            tensor = StoredTensor(shard, entry["dtype"], tuple(int(axis) for axis in entry["shape"]), begin, end)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{shard.name} has a damaged header at '{key}'.") from error
         if end > size:
             raise CheckpointError(f"{shard.name} is truncated: '{key}' ends at byte {end} of {size}.")
-        shape = tuple(int(length) for length in entry["shape"])  # type: ignore[attr-defined]
-        yield key, StoredTensor(shard, str(entry["dtype"]), shape, begin, end)
+        yield key, tensor
 
 
 def write_language_model(tensors: Mapping[str, StoredTensor], out: Path) -> None:

@@ -130,6 +130,8 @@ def _assert_signature(
 
 
 def _spec_of(value: ir.Value) -> TensorSpec:
-    assert value.shape is not None and value.dtype is not None and value.name is not None
+    assert value.shape is not None
+    assert value.dtype is not None
+    assert value.name is not None
     axes = tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape)
     return TensorSpec(value.name, _ONNX_DTYPES.get(value.dtype, str(value.dtype)), axes)

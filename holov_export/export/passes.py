@@ -57,8 +57,10 @@ def fold_transposed_weights(model: ir.Model) -> None:
         source = node.inputs[0] if node.op_type == "Transpose" else None
         if source is None or source.name not in graph.initializers or source.const_value is None:
             continue
-        perm = tuple(node.attributes["perm"].as_ints()) if "perm" in node.attributes else tuple(
-            reversed(range(len(source.const_value.shape)))
+        perm = (
+            tuple(node.attributes["perm"].as_ints())
+            if "perm" in node.attributes
+            else tuple(reversed(range(len(source.const_value.shape))))
         )
         key = (str(source.name), perm)
         if key not in folded:

@@ -1,6 +1,6 @@
 """Pictures to pixels: the arithmetic of Hugging Face's CLIP and LLaVA image processors with Pillow and numpy alone.
 
-Source: transformers 5.23 image_processing_backends.py (PilBackend) and image_transforms.py; the tests compare bit by bit.
+Source: transformers 5.23 image_processing_backends.py (PilBackend) and image_transforms.py; tests compare bit by bit.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Union
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from holov_export.errors import ImageError
 from holov_export.spec import ImageSpec
 from holov_export.tensors import CropBox, PixelBatch
 
-ImageSource = Union[str, Path, bytes, Image.Image, npt.NDArray[np.generic]]
+ImageSource = str | Path | bytes | Image.Image | npt.NDArray[np.generic]
 
 #: a picture with more pixels is refused before it is decoded: 100 M pixels are 300 MB of RGB
 MAX_PIXELS = 100_000_000
@@ -65,7 +64,7 @@ def image_from(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         if getattr(image, "is_animated", False):
             image.seek(0)
         image.load()
-        return _rgb(ImageOps.exif_transpose(image))
+        return _rgb(_upright(image))
     except Exception as error:  # Pillow's readers let out whatever their parsers meet in a broken file
         raise ImageError(f"{name} cannot be decoded: {error}.", hint="The file is truncated or damaged.") from error
 
@@ -92,7 +91,7 @@ def _opened(source: str | Path | bytes, name: str) -> Image.Image:
         raise ImageError(f"{name} cannot be read: permission denied.") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large: {error}") from error
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ImageError(f"{name} is not an image.", hint=f"Formats: {', '.join(formats)}.") from None
     except Exception as error:  # see image_from
         raise ImageError(f"{name} cannot be read as an image: {error}.") from error
@@ -111,7 +110,7 @@ def _image_from_array(array: npt.NDArray[np.generic]) -> Image.Image:
     if not isinstance(array, np.ndarray):
         raise ImageError(f"an image cannot be a {type(array).__name__}.", hint="Give a path, bytes, Pillow or numpy.")
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise ImageError(f"an image array has shape {array.shape}.", hint="Expected [H, W], [H, W, 1], 3 or 4 channels.")
+        raise ImageError(f"an image array has shape {array.shape}.", hint="Expected [H, W] or [H, W, 1, 3 or 4].")
     if array.size == 0:
         raise ImageError(f"the image is empty: its array has shape {array.shape}.")
     grey = array.ndim == 3 and array.shape[2] == 1
@@ -130,6 +129,13 @@ def _bytes_from_levels(array: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
     if not (low >= 0 and high <= top):  # also true for NaN
         raise ImageError(f"an image array of {array.dtype} holds values in {low:g}..{high:g}, expected 0..{top}.")
     return np.round(values * (255 / top)).astype(np.uint8)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF is common and no reason to refuse a photograph
+        return image
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -188,9 +194,7 @@ def _normalisation_table(spec: ImageSpec) -> npt.NDArray[np.float32]:
     return table
 
 
-def _resized_and_cropped(
-    image: Image.Image, spec: ImageSpec, max_pixels: int
-) -> tuple[npt.NDArray[np.uint8], CropBox]:
+def _resized_and_cropped(image: Image.Image, spec: ImageSpec, max_pixels: int) -> tuple[npt.NDArray[np.uint8], CropBox]:
     """uint8 [H, W, 3] and the part of `image` it shows."""
     pad_x = pad_y = 0
     if spec.pad_to_square and image.width != image.height:

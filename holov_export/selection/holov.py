@@ -94,8 +94,7 @@ class HolovPaperRule(nn.Module):
     def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor) -> tuple[Tensor, Tensor]:
         assert features is not None  # the policy declares that it reads features
         holistic = self.table.join(self._holistic(saliency, features))
-        means = self.table.mean(holistic) ** self.tau
-        shares = self._shares(means / means.sum(-1, keepdim=True), quota)
+        shares = self._shares(self._weights(self.table.mean(holistic)), quota)
         rank = self.table.join(ranks(self.table.split(holistic, fill=-1.0)))
         in_quota = rank < self.table.spread(shares)
         return raster_order(in_quota.float(), quota)
@@ -116,6 +115,11 @@ class HolovPaperRule(nn.Module):
         size = self.table.sizes
         gamma = (attention.sum(-1) / size) / (variance.sum(-1) / size).clamp_min(1e-12)
         return gamma[..., None] * variance + attention
+
+    def _weights(self, means: Tensor) -> Tensor:
+        """Equation 4, see `reference.paper_weights`: float32 [B, C]."""
+        powers = (means / means.amax(-1, keepdim=True).clamp_min(1e-30)) ** self.tau
+        return powers / powers.sum(-1, keepdim=True).clamp_min(1.0)
 
     def _shares(self, weights: Tensor, quota: Tensor) -> Tensor:
         """Equation 4 and its repairs, see `reference.paper_quotas`: int64 [B, C]."""

@@ -118,8 +118,8 @@ def _holov_paper(
 ) -> Int64Array:
     crops = crops_of_grid(grid, policy.crops, policy.layout)
     holistic = [_holistic_scores(saliency[crop], features[crop]) for crop in crops]
-    means = np.array([scores.mean(dtype=np.float32) for scores in holistic], dtype=np.float32) ** np.float32(policy.tau)
-    weights = means / means.sum(dtype=np.float32)
+    means = np.array([scores.mean(dtype=np.float32) for scores in holistic], dtype=np.float32)
+    weights = paper_weights(means, policy.tau)
     shares = paper_quotas(weights, quota, np.array([len(crop) for crop in crops], dtype=np.int64))
     kept = [crop[_descending(scores)[:share]] for crop, scores, share in zip(crops, holistic, shares, strict=True)]
     return np.sort(np.concatenate(kept))
@@ -136,6 +136,15 @@ def _holistic_scores(attention: Saliency, features: Features) -> Saliency:
     variance = ((similarity - mean) ** 2).sum(axis=1) / np.float32(size - 1)
     gamma = np.abs(attention).mean(dtype=np.float32) / max(float(np.abs(variance).mean(dtype=np.float32)), 1e-12)
     return (np.float32(gamma) * variance + attention).astype(np.float32)
+
+
+def paper_weights(means: Saliency, tau: float) -> Saliency:
+    """Equation 4: each crop's share of the mean scores to the power of tau.
+
+    Relative to the largest mean, so that no tau underflows; all zero where nothing was attended to.
+    """
+    powers = (means / np.maximum(means.max(), np.float32(1e-30))) ** np.float32(tau)
+    return powers / np.maximum(powers.sum(dtype=np.float32), np.float32(1))
 
 
 def paper_quotas(weights: Saliency, quota: int, sizes: Int64Array) -> Int64Array:

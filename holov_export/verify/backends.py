@@ -66,9 +66,7 @@ class TransformersVision:
         torch = require("torch")
         layer = self._spec.vision.feature_layer
         with torch.inference_mode():
-            out = self._tower(
-                torch.from_numpy(pixels.pixel_values), output_attentions=True, output_hidden_states=True
-            )
+            out = self._tower(torch.from_numpy(pixels.pixel_values), output_attentions=True, output_hidden_states=True)
             tokens = self._projector(out.hidden_states[layer + 1][:, 1:])
             saliency = out.attentions[layer][:, :, 0, 1:].mean(1)
         batch, count = tokens.shape[0], tokens.shape[1]

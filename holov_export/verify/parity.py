@@ -156,9 +156,7 @@ def _cosines(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> n
     return cosines
 
 
-def _saliency_error(
-    left: npt.NDArray[np.float32] | None, right: npt.NDArray[np.float32] | None
-) -> float | None:
+def _saliency_error(left: npt.NDArray[np.float32] | None, right: npt.NDArray[np.float32] | None) -> float | None:
     if left is None or right is None:
         return None
     return float(np.abs(left - right).max())

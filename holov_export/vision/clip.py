@@ -8,6 +8,8 @@ Shape words: B images, N patch tokens, T = N + 1 with CLS, K budget, E tower wid
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -160,7 +162,7 @@ class LlavaVision(nn.Module):
     def forward(self, pixel_values: Tensor, budget: Tensor, quota: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         asked = budget.clamp(1, self.tokens)
         wanted = torch.minimum(quota.clamp_min(1), asked)
-        size = asked.item()
+        size = cast(int, asked.item())
         torch._check(size >= 1)
         torch._check(size <= self.tokens)
 

@@ -1,0 +1,155 @@
+"""What turns a stitched prompt into new tokens, and how a token is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from holov_export.bundle import Bundle
+from holov_export.errors import BundleError, PromptError, UnknownNameError, UsageError
+from holov_export.spec import DecoderSpec
+from holov_export.tensors import SamplingSettings, StitchedPrompt
+
+#: decoders by name; "none" cannot answer, but a session without one still sees
+DECODERS = ("genai", "hf", "none")
+
+
+class Decoder(Protocol):
+    """A language model that takes embedding rows in the places of its image placeholders.
+
+    Attributes:
+        name: of the engine and the device, for people.
+    """
+
+    name: str
+
+    def stream(self, prompt: StitchedPrompt, sampling: SamplingSettings) -> Iterator[int]:
+        """New token ids, one at a time, as they are made.
+
+        Ends before `max_new_tokens` only because of an end token or one of `sampling.stop_token_ids`, which is not
+        yielded. Closing the iterator early frees what it holds.
+
+        Raises:
+            PromptError: placeholders and rows of the prompt differ.
+            UsageError: sampling settings outside their ranges.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+def check_prompt(prompt: StitchedPrompt, spec: DecoderSpec) -> None:
+    """Refuse a prompt whose rows do not fit its placeholders. Back ends do not check it: a surplus row vanishes there.
+
+    Raises:
+        PromptError: names the numbers.
+    """
+    places = int(np.count_nonzero(prompt.input_ids == prompt.image_token_id))
+    rows = len(prompt.rows)
+    if places != rows or sum(prompt.counts) != rows:
+        raise PromptError(
+            f"the prompt has {places} image places, {rows} visual rows and counts that sum to {sum(prompt.counts)}."
+        )
+    if rows and prompt.rows.shape[1] != spec.width:
+        raise PromptError(f"the visual rows are {prompt.rows.shape[1]} wide, the decoder takes {spec.width}.")
+    if len(prompt) == 0:
+        raise PromptError("the prompt is empty.")
+
+
+def check_sampling(sampling: SamplingSettings) -> None:
+    """Refuse settings that back ends would misread.
+
+    Raises:
+        UsageError: names the setting and its range.
+    """
+    ranges = (
+        ("max_new_tokens", sampling.max_new_tokens >= 1, "at least 1"),
+        ("temperature", 0 <= sampling.temperature < float("inf"), "0 (greedy) or more"),
+        ("top_k", sampling.top_k >= 0, "0 (all) or more"),
+        ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+        ("seed", sampling.seed is None or 0 <= sampling.seed < 2**31, "in 0..2147483647"),
+    )
+    for name, good, wanted in ranges:
+        if not good:
+            raise UsageError(f"{name} is {getattr(sampling, name)}, it must be {wanted}.")
+    if any(not text for text in sampling.stop):
+        raise UsageError("a stop string is empty.", hint="It would end every answer before it begins.")
+
+
+def end_tokens(spec: DecoderSpec, sampling: SamplingSettings) -> frozenset[int]:
+    """Ids that end an answer: the model's own and the caller's."""
+    return frozenset(spec.eos_token_ids) | frozenset(sampling.stop_token_ids)
+
+
+def token_from_logits(logits: npt.NDArray[np.floating], sampling: SamplingSettings, dice: np.random.Generator) -> int:
+    """Pick a token: the most likely one at temperature 0, else drawn after temperature, top-k and top-p.
+
+    Args:
+        logits: float [V].
+        sampling: checked settings.
+        dice: the caller's random generator, seeded once for an answer.
+    """
+    if sampling.temperature == 0:
+        return int(np.argmax(logits))
+    scaled = logits.astype(np.float64) / sampling.temperature
+    order = np.argsort(-scaled, kind="stable")
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    weights = np.exp(scaled[order] - scaled[order[0]])
+    weights /= weights.sum()
+    # the token that crosses top_p belongs to the nucleus
+    kept = int(np.searchsorted(np.cumsum(weights), sampling.top_p, side="left")) + 1
+    weights = weights[:kept] / weights[:kept].sum()
+    return int(dice.choice(order[:kept], p=weights))
+
+
+def decoder_maker(
+    decoder: str | Decoder, bundle: Bundle, provider: str, threads: int | None, checkpoint: str | Path | None
+) -> Callable[[], Decoder]:
+    """What loads the decoder. The choice is checked now; loading waits for the first answer.
+
+    Args:
+        decoder: one of `DECODERS`, or a decoder that exists already.
+        bundle: an opened bundle.
+        provider: "cpu", "cuda" or "auto".
+        threads: CPU threads within one operator; None for the back end's choice.
+        checkpoint: directory of the checkpoint, for "hf".
+
+    Raises:
+        UnknownNameError: no such decoder.
+        UsageError: "hf" without a checkpoint.
+    """
+    if not isinstance(decoder, str):
+        return lambda: decoder
+    spec = bundle.manifest.plan.model.decoder
+    if decoder == "hf":
+        if checkpoint is None:
+            raise UsageError("the decoder 'hf' needs the checkpoint.", hint="Add --checkpoint DIR.")
+        folder = Path(checkpoint)
+
+        def hf() -> Decoder:
+            from holov_export.runtime.decoder_hf import HfDecoder
+
+            return HfDecoder(folder, spec, provider=provider, threads=threads)
+
+        return hf
+    if decoder not in DECODERS:
+        raise UnknownNameError(f"unknown decoder '{decoder}'.", hint=f"Known: {', '.join(DECODERS)}.")
+
+    def genai() -> Decoder:
+        from holov_export.runtime.decoder_genai import GenaiDecoder
+
+        if decoder == "none":
+            raise UsageError("this session was opened without a decoder.", hint="Choose --decoder genai or hf.")
+        if bundle.decoder is None:
+            raise BundleError(
+                f"the bundle '{bundle.folder.name}' was exported without a decoder.",
+                hint="Export it with one, or choose --decoder hf --checkpoint DIR.",
+            )
+        return GenaiDecoder(bundle.decoder, spec, provider=provider, threads=threads)
+
+    return genai

@@ -1,0 +1,101 @@
+"""transformers as the reference decoder: slow, plain, and what every other decoder is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from holov_export.errors import CheckpointError, EnvironmentFaultError
+from holov_export.extras import require
+from holov_export.runtime.decoder import check_prompt, check_sampling, end_tokens, token_from_logits
+from holov_export.spec import DecoderSpec
+from holov_export.tensors import SamplingSettings, StitchedPrompt
+
+
+class HfDecoder:
+    """The language model of a LLaVA checkpoint directory, run by transformers with a key-value cache."""
+
+    def __init__(
+        self, checkpoint: Path, spec: DecoderSpec, *, provider: str = "auto", threads: int | None = None
+    ) -> None:
+        """Load the checkpoint.
+
+        Args:
+            checkpoint: its directory.
+            spec: of the language model.
+            provider: "cpu", "cuda", or "auto" for CUDA where torch has it. The CPU computes in float32, CUDA in the
+                checkpoint's own type.
+            threads: torch's CPU threads, for the whole process; None leaves them.
+
+        Raises:
+            MissingExtraError: torch or transformers is not installed.
+            EnvironmentFaultError: CUDA was asked for and is not there.
+            CheckpointError: the directory does not load.
+        """
+        self._torch = require("torch")
+        transformers = require("transformers")
+        has_cuda = bool(self._torch.cuda.is_available())
+        if provider == "cuda" and not has_cuda:
+            raise EnvironmentFaultError("this torch has no CUDA.", hint="Choose --provider cpu.")
+        self._device = "cuda" if has_cuda and provider != "cpu" else "cpu"
+        if threads is not None:
+            self._torch.set_num_threads(threads)
+        dtype = "auto" if self._device == "cuda" else self._torch.float32
+        try:
+            model = transformers.LlavaForConditionalGeneration.from_pretrained(
+                checkpoint, dtype=dtype, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"transformers cannot load '{checkpoint.name}': {error}") from error
+        self._model: Any = model.eval().to(self._device)
+        self._spec = spec
+        self.name = f"transformers {transformers.__version__} ({self._device})"
+
+    def stream(self, prompt: StitchedPrompt, sampling: SamplingSettings) -> Iterator[int]:
+        """See `Decoder.stream`."""
+        check_prompt(prompt, self._spec)
+        check_sampling(sampling)
+        if self._model is None:
+            raise EnvironmentFaultError("the decoder is closed.")
+        return self._tokens(prompt, sampling)
+
+    def _tokens(self, prompt: StitchedPrompt, sampling: SamplingSettings) -> Iterator[int]:
+        ends = end_tokens(self._spec, sampling)
+        dice = np.random.default_rng(sampling.seed)
+        embeds, cache = self._embeds(prompt), None
+        for _ in range(sampling.max_new_tokens):
+            logits, cache = self._step(embeds, cache)
+            token = token_from_logits(logits, sampling, dice)
+            if token in ends:
+                return
+            yield token
+            embeds = self._words(np.array([token], dtype=np.int64))
+
+    def _words(self, ids: Any) -> Any:
+        """[1, S, D]: the token embeddings of ids [S]."""
+        with self._torch.inference_mode():
+            return self._model.get_input_embeddings()(self._torch.from_numpy(ids).to(self._device))[None]
+
+    def _embeds(self, prompt: StitchedPrompt) -> Any:
+        """[1, S, D]: the words' embeddings with the visual rows in the placeholders' places."""
+        torch = self._torch
+        embeds = self._words(prompt.input_ids)
+        with torch.inference_mode():
+            rows = torch.from_numpy(np.ascontiguousarray(prompt.rows, dtype=np.float32))
+            places = torch.from_numpy(prompt.input_ids == prompt.image_token_id).to(self._device)
+            embeds[0, places] = rows.to(self._device, embeds.dtype)
+        return embeds
+
+    def _step(self, embeds: Any, cache: Any) -> tuple[Any, Any]:
+        """float32 [V], the logits of the next token, and the cache. Only the last position goes through the head."""
+        with self._torch.inference_mode():
+            out = self._model.model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+            logits = self._model.lm_head(out.last_hidden_state[0, -1])
+        return logits.float().cpu().numpy(), out.past_key_values
+
+    def close(self) -> None:
+        """Release the model."""
+        self._model = None

@@ -1,0 +1,100 @@
+"""What runs a vision graph: `with OrtRunner(bundle) as runner: runner.run(pixels, budget=64)`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from holov_export.errors import BudgetError
+from holov_export.tensors import Int64Array, PixelBatch, VisualTokens
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Runner(Protocol):
+    """Runs one vision graph. A context manager; `close` may be called twice.
+
+    Attributes:
+        name: of the engine and the device, for people.
+        tokens: N, patch tokens of one image: the largest budget.
+    """
+
+    name: str
+    tokens: int
+
+    def run(
+        self, pixels: PixelBatch, budget: int, quota: Sequence[int] | None = None, *, saliency: bool | None = None
+    ) -> VisualTokens:
+        """Select and project the visual tokens of a batch.
+
+        Args:
+            pixels: B images.
+            budget: K, the size of the token axis, 1..N.
+            quota: tokens wanted for each image, 1..K; None for K each.
+            saliency: also fetch the saliency of all N tokens; None for what the runner was made with.
+
+        Raises:
+            BudgetError: budget or quota outside its range.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+
+def default_budget(tokens: int) -> int:
+    """One ninth of N, rounded, at least 1: 64 of 576, 16 of 144. Source: arXiv 2510.02912, the 88.9 % setting."""
+    return max(1, round(tokens / 9))
+
+
+def checked_budget(budget: int, tokens: int) -> int:
+    """`budget` if it is an integer in 1..`tokens`.
+
+    Raises:
+        BudgetError: names the range.
+    """
+    value = _integer(budget, "the budget")
+    if not 1 <= value <= tokens:
+        raise BudgetError(f"the budget is {value}, it must be in 1..{tokens} (the tokens of one image).")
+    return value
+
+
+def quota_array(quota: Sequence[int] | None, budget: int, images: int) -> Int64Array:
+    """int64 [B]: the quota of each image; the whole budget each if `quota` is None.
+
+    Raises:
+        BudgetError: a wrong number of quotas, or one outside 1..budget.
+    """
+    if quota is None:
+        return np.full(images, budget, dtype=np.int64)
+    if len(quota) != images:
+        raise BudgetError(f"{_counted(len(quota), 'quota')} for {_counted(images, 'image')}.", hint="Give one each.")
+    values = [_integer(item, f"the quota of image {number}") for number, item in enumerate(quota, start=1)]
+    for number, value in enumerate(values, start=1):
+        if not 1 <= value <= budget:
+            raise BudgetError(f"the quota of image {number} is {value}, it must be in 1..{budget} (the budget).")
+    return np.array(values, dtype=np.int64)
+
+
+def _integer(value: object, what: str) -> int:
+    """Python and numpy integers; True is none of them here."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise BudgetError(f"{what} is {value!r}, it must be an integer.") from None
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

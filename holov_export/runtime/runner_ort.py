@@ -1,0 +1,138 @@
+"""ONNX Runtime over a bundle's vision graph, on the CPU or through CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from holov_export.bundle import Bundle
+from holov_export.errors import BundleError, EnvironmentFaultError, ImageError, UnknownNameError
+from holov_export.extras import require
+from holov_export.runtime.runner import checked_budget, quota_array
+from holov_export.signature import BUDGET, COUNTS, INPUTS, OUTPUTS, PIXEL_VALUES, POSITIONS, QUOTA, SALIENCY
+from holov_export.signature import VISUAL_TOKENS as TOKENS
+from holov_export.tensors import PixelBatch, VisualTokens
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+PROVIDERS = ("auto", "cpu", "cuda")
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_ERRORS_ONLY = 3
+
+
+class OrtRunner:
+    """One ONNX Runtime session, reused for every call. It may be called from several threads."""
+
+    def __init__(
+        self, bundle: Bundle, *, provider: str = "auto", threads: int | None = None, saliency: bool = False
+    ) -> None:
+        """Load the vision graph.
+
+        Args:
+            bundle: an opened bundle.
+            provider: "cpu", "cuda", or "auto" for CUDA where this ONNX Runtime has it.
+            threads: CPU threads within one operator; None for one per core.
+            saliency: what `run` does when it is not told.
+
+        Raises:
+            UnknownNameError: another provider.
+            MissingExtraError: onnxruntime is not installed.
+            EnvironmentFaultError: CUDA was asked for and is not there, or this ONNX Runtime cannot load the graph.
+            BundleError: the graph's inputs or outputs are not those of the signature.
+        """
+        _check_type(bundle)
+        self._saliency = saliency
+        self._session = _session(bundle, provider, threads)
+        _check_names(self._session)
+        pixels = next(item for item in bundle.manifest.inputs if item.name == PIXEL_VALUES)
+        self._dtype = np.dtype(pixels.dtype)
+        self._image_shape = tuple(int(size) for size in pixels.shape[1:])
+        self.tokens = bundle.manifest.plan.model.vision.tokens
+        device = "cuda" if self._session.get_providers()[0] == _CUDA else "cpu"
+        self.name = f"onnxruntime {require('onnxruntime').__version__} ({device})"
+
+    def run(
+        self, pixels: PixelBatch, budget: int, quota: Sequence[int] | None = None, *, saliency: bool | None = None
+    ) -> VisualTokens:
+        """See `Runner.run`."""
+        budget = checked_budget(budget, self.tokens)
+        if pixels.pixel_values.shape[1:] != self._image_shape:
+            raise ImageError(f"the pixels are {pixels.pixel_values.shape[1:]}, the graph takes {self._image_shape}.")
+        feed = {
+            PIXEL_VALUES: np.ascontiguousarray(pixels.pixel_values, dtype=self._dtype),
+            BUDGET: np.array([budget], dtype=np.int64),
+            QUOTA: quota_array(quota, budget, len(pixels)),
+        }
+        fetch = self._saliency if saliency is None else saliency
+        wanted = [TOKENS, POSITIONS, COUNTS, *([SALIENCY] if fetch else [])]
+        if self._session is None:
+            raise EnvironmentFaultError("the runner is closed.")
+        try:
+            tokens, positions, counts, *rest = self._session.run(wanted, feed)
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise EnvironmentFaultError(f"ONNX Runtime failed in the vision graph: {error}") from error
+        return VisualTokens(tokens, positions, counts, rest[0] if rest else None)
+
+    def close(self) -> None:
+        """Release the session."""
+        self._session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _check_type(bundle: Bundle) -> None:
+    dtype = next((item.dtype for item in bundle.manifest.inputs if item.name == PIXEL_VALUES), None)
+    if dtype is None:
+        raise BundleError(f"the manifest describes no input '{PIXEL_VALUES}'.", hint="Export the bundle again.")
+    if dtype == "bfloat16":
+        raise EnvironmentFaultError(
+            "ONNX Runtime cannot run a bfloat16 vision graph: it has no such Conv on the CPU.",
+            hint="Compile the bundle for TensorRT, or export with --fp16.",
+        )
+
+
+def _session(bundle: Bundle, provider: str, threads: int | None) -> Any:
+    if provider not in PROVIDERS:
+        raise UnknownNameError(f"unknown provider '{provider}'.", hint=f"Known: {', '.join(PROVIDERS)}.")
+    ort = require("onnxruntime")
+    available = ort.get_available_providers()
+    if provider == "cuda" and _CUDA not in available:
+        raise EnvironmentFaultError(
+            f"this ONNX Runtime ({ort.__version__}) has no CUDA; it has {', '.join(available)}.",
+            hint='Run: pip install "holov-export[gpu]", or choose --provider cpu.',
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    chosen = [_CPU] if provider == "cpu" or _CUDA not in available else [_CUDA, _CPU]
+    try:
+        session = ort.InferenceSession(str(bundle.vision), options, providers=chosen)
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        raise EnvironmentFaultError(f"ONNX Runtime {ort.__version__} cannot load vision.onnx: {error}") from error
+    if provider == "cuda" and session.get_providers()[0] != _CUDA:
+        # it warns and goes on with the CPU when a CUDA or cuDNN library cannot be loaded
+        raise EnvironmentFaultError(
+            "ONNX Runtime fell back to the CPU: it could not load its CUDA libraries.",
+            hint="Compare the CUDA and cuDNN versions with onnxruntime-gpu's, or choose --provider cpu.",
+        )
+    return session
+
+
+def _check_names(session: Any) -> None:
+    has = [item.name for item in session.get_inputs()], [item.name for item in session.get_outputs()]
+    if set(has[0]) != set(INPUTS) or not set(OUTPUTS) <= set(has[1]):
+        raise BundleError(
+            f"the vision graph has inputs {has[0]} and outputs {has[1]}, expected {list(INPUTS)} and {list(OUTPUTS)}.",
+            hint="Export the bundle again with this version.",
+        )

@@ -1,0 +1,415 @@
+#!/usr/bin/env python3
+"""The true-size LLaVA-1.5 vision encoder (CLIP ViT-L/14-336, projector to 4096) with random weights, side by side.
+
+Five ways to turn pictures into visual tokens, all in one process, rounds interleaved, medians of CPU time:
+
+    official      transformers, eager attention with output_attentions, projector on all 576, the published loop
+    plain torch   transformers, SDPA, projector on all 576, no selection
+    ours torch    holov_export.vision.clip.LlavaVision, the same weights
+    ours ORT      the exported graph in ONNX Runtime
+    plain ORT     the same exporter, all 576 tokens through the last kept layer and the projector, no selection
+
+Before anything is timed, the outputs are checked against each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+def _threads_from_arguments() -> int:
+    """Set the thread pools' size before torch is imported."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--threads", type=int, default=1)
+    threads = int(parser.parse_known_args()[0].threads)
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    return threads
+
+
+THREADS = _threads_from_arguments()
+
+import numpy as np  # noqa: E402
+import onnx_ir as ir  # noqa: E402
+import onnxruntime as ort  # noqa: E402
+import torch  # noqa: E402
+from machine import one_line, write_result  # noqa: E402
+from official_way import official_tokens  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig  # noqa: E402
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector  # noqa: E402
+
+from holov_export.export.onnx_from_graph import onnx_from_graph, save_vision  # noqa: E402
+from holov_export.export.passes import clean  # noqa: E402
+from holov_export.export.translations import translation_table  # noqa: E402
+from holov_export.spec import (  # noqa: E402
+    CheckpointSource,
+    DecoderSpec,
+    ExportPlan,
+    HolovOfficialPolicy,
+    HolovPolicy,
+    ImageSpec,
+    ModelSpec,
+    Precision,
+    PromptSpec,
+    SelectionPolicy,
+    VisionSpec,
+)
+from holov_export.vision.clip import LlavaVision, vision_from_checkpoint  # noqa: E402
+
+OPSET = 18
+WIDTH = 4096
+#: random weights attend evenly to everything; a trained CLS token does not, and quotas should differ between crops
+PEAKINESS = 10.0
+OFFICIAL, PLAIN_TORCH, OURS_TORCH, OURS_ORT, PLAIN_ORT = "official", "plain torch", "ours torch", "ours ORT", "plain ORT"
+
+
+def spec_of_size(layers: int) -> ModelSpec:
+    """LLaVA-1.5-7B's vision side; `layers` of 24 for quick runs (the feature layer stays the last but one)."""
+    vision = VisionSpec(
+        image_size=336,
+        patch_size=14,
+        width=1024,
+        layers=layers,
+        heads=16,
+        mlp_width=4096,
+        activation="quick_gelu",
+        layer_norm_eps=1e-5,
+        feature_layer=layers - 2,
+        projector_activation="gelu",
+        projector_bias=True,
+    )
+    decoder = DecoderSpec(
+        architecture="llama",
+        width=WIDTH,
+        layers=32,
+        vocab_size=32064,
+        context=4096,
+        image_token_id=32000,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        pad_token_id=32001,
+    )
+    image = ImageSpec(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    prompt = PromptSpec(chat_template="")
+    return ModelSpec(family="llava", name="random", image=image, vision=vision, decoder=decoder, prompt=prompt)
+
+
+def transformers_models(spec: ModelSpec) -> tuple[Any, Any, Any]:
+    """(eager tower, SDPA tower over the same weights, projector), random but seeded.
+
+    Each tower has its own configuration: transformers reads the kind of attention from it at run time.
+    """
+    vision = spec.vision
+    sizes: dict[str, Any] = {
+        "hidden_size": vision.width,
+        "intermediate_size": vision.mlp_width,
+        "num_hidden_layers": vision.layers,
+        "num_attention_heads": vision.heads,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "projection_dim": 768,
+    }
+    torch.manual_seed(0)
+    eager = CLIPVisionModel(CLIPVisionConfig(**sizes, attn_implementation="eager")).eval().requires_grad_(False)
+    for name, parameter in eager.named_parameters():
+        if "q_proj.weight" in name or "k_proj.weight" in name:
+            parameter.mul_(PEAKINESS)
+    with torch.device("meta"):
+        sdpa = CLIPVisionModel(CLIPVisionConfig(**sizes, attn_implementation="sdpa")).eval()
+    sdpa.load_state_dict(eager.state_dict(), assign=True)
+    for name, buffer in eager.named_buffers():  # position_ids is not among the saved tensors
+        module, _, leaf = name.rpartition(".")
+        sdpa.get_submodule(module).register_buffer(leaf, buffer, persistent=False)
+    full = LlavaConfig(vision_config=CLIPVisionConfig(**sizes), text_config={"model_type": "llama", "hidden_size": WIDTH})
+    projector = LlavaMultiModalProjector(full).eval().requires_grad_(False)
+    used = [tower.config._attn_implementation for tower in (eager, sdpa)]
+    assert used == ["eager", "sdpa"], used
+    return eager, sdpa.requires_grad_(False), projector
+
+
+@dataclass
+class WeightsInMemory:
+    """Stands in for a SafetensorsReader: hands out transformers' own parameters, shared and not copied."""
+
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def from_models(cls, tower: Any, projector: Any) -> WeightsInMemory:
+        tensors = {f"vision_tower.{name}": value for name, value in tower.state_dict().items()}
+        tensors.update({f"multi_modal_projector.{name}": value for name, value in projector.state_dict().items()})
+        return cls(tensors)
+
+    def read(self, names: Iterable[str]) -> Tensor:
+        return next(self.tensors[name] for name in names if name in self.tensors)
+
+
+class PlainVision(nn.Module):
+    """Our own classes without any selection: all N tokens through the feature layer and the projector."""
+
+    def __init__(self, vision: LlavaVision) -> None:
+        super().__init__()
+        self.vision_tower, self.multi_modal_projector = vision.vision_tower, vision.multi_modal_projector
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        hidden = self.vision_tower.feature_layer(self.vision_tower.before_feature_layer(pixel_values))
+        return self.multi_modal_projector(hidden[:, 1:])
+
+
+class RuleOnly(nn.Module):
+    """The selection alone, as it stands in the graph: saliency, budget and quota in, positions out."""
+
+    def __init__(self, vision: LlavaVision) -> None:
+        super().__init__()
+        self.selection, self.tokens = vision.selection, vision.tokens
+
+    def forward(self, saliency: Tensor, budget: Tensor, quota: Tensor) -> tuple[Tensor, Tensor]:
+        asked = budget.clamp(1, self.tokens)
+        size = asked.item()
+        torch._check(size >= 1)
+        torch._check(size <= self.tokens)
+        positions, counts = self.selection(saliency, None, torch.minimum(quota.clamp_min(1), asked))
+        return positions[:, :size], counts
+
+
+def plan_of(spec: ModelSpec, policy: SelectionPolicy) -> ExportPlan:
+    source = CheckpointSource(kind="local", name="random")
+    return ExportPlan(
+        model=spec, source=source, policy=policy, precision=Precision.FP32, decoder=None, opset=OPSET
+    )
+
+
+def exported(module: nn.Module, arguments: tuple[Tensor, ...], shapes: tuple[Any, ...], path: Path) -> Path:
+    """Export a module that is not a LlavaVision with the same exporter options, translations and passes."""
+    program = torch.onnx.export(
+        module.eval(),
+        arguments,
+        dynamo=True,
+        opset_version=OPSET,
+        dynamic_shapes=shapes,
+        custom_translation_table=translation_table(OPSET),
+        optimize=True,
+        verbose=False,
+    )
+    assert program is not None
+    clean(program.model, {})
+    path.mkdir()
+    ir.save(program.model, path / "model.onnx", external_data="model.onnx.data")
+    return path / "model.onnx"
+
+
+def session(path: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = THREADS, 1
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@dataclass
+class Contestants:
+    """Everything that is timed. `run(name, pixels, budget)` returns what the way returns."""
+
+    spec: ModelSpec
+    work: Path
+    eager: Any = None
+    sdpa: Any = None
+    projector: Any = None
+    ours: LlavaVision = field(init=False)
+    official_rule: LlavaVision = field(init=False)
+    sessions: dict[str, ort.InferenceSession] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.eager, self.sdpa, self.projector = transformers_models(self.spec)
+        reader: Any = WeightsInMemory.from_models(self.eager, self.projector)
+        self.ours = vision_from_checkpoint(self.spec, HolovPolicy(), reader, Precision.FP32)
+        self.official_rule = vision_from_checkpoint(self.spec, HolovOfficialPolicy(), reader, Precision.FP32)
+        (self.work / "ours").mkdir()
+        model = onnx_from_graph(self.ours, plan_of(self.spec, HolovPolicy()))
+        save_vision(model, self.work / "ours")
+        del model
+        gc.collect()
+        pixels = torch.zeros(2, 3, self.spec.vision.image_size, self.spec.vision.image_size)
+        batch = torch.export.Dim.DYNAMIC
+        exported(PlainVision(self.ours), (pixels,), ({0: batch},), self.work / "plain")
+        rule = (torch.zeros(2, self.spec.vision.tokens), torch.tensor([2]), torch.tensor([2, 1]))
+        exported(RuleOnly(self.ours), rule, ({0: batch}, None, {0: batch}), self.work / "rule")
+        self.sessions = {
+            OURS_ORT: session(self.work / "ours" / "vision.onnx"),
+            PLAIN_ORT: session(self.work / "plain" / "model.onnx"),
+            "rule": session(self.work / "rule" / "model.onnx"),
+        }
+        gc.collect()
+
+    def run(self, name: str, pixels: Tensor, budget: int) -> Any:
+        layer = self.spec.vision.feature_layer
+        if name == OFFICIAL:
+            return official_tokens(self.eager, self.projector, pixels, budget, layer)
+        if name == PLAIN_TORCH:
+            return self.projector(self.sdpa(pixels, output_hidden_states=True).hidden_states[layer + 1][:, 1:])
+        if name == OURS_TORCH:
+            return self.ours(pixels, torch.tensor([budget]), torch.full((len(pixels),), budget))
+        if name == PLAIN_ORT:
+            return self.sessions[PLAIN_ORT].run(None, {"pixel_values": pixels.numpy()})
+        return self.sessions[OURS_ORT].run(None, vision_feed(pixels, budget))
+
+    def rule(self, name: str, saliency: Tensor, budget: int) -> Any:
+        """The selection alone, in torch or in ONNX Runtime."""
+        quota = torch.full((len(saliency),), budget)
+        if name == OURS_TORCH:
+            return self.ours.selection(saliency, None, quota)
+        feed = {"saliency": saliency.numpy(), "budget": np.array([budget]), "quota": quota.numpy()}
+        return self.sessions["rule"].run(None, feed)
+
+
+def vision_feed(pixels: Tensor, budget: int) -> dict[str, Any]:
+    """Inputs of the exported graph, the same quota for every picture."""
+    quota = np.full(len(pixels), budget, dtype=np.int64)
+    return {"pixel_values": pixels.numpy(), "budget": np.array([budget], dtype=np.int64), "quota": quota}
+
+
+def check_outputs(ways: Contestants, pixels: Tensor, budget: int) -> dict[str, float]:
+    """Largest differences between the ways, relative to the largest output; raises SystemExit if one is too large."""
+    official = ways.run(OFFICIAL, pixels, budget)
+    plain = ways.run(PLAIN_TORCH, pixels, budget)
+    quota = torch.full((len(pixels),), budget)
+    same_rule, same_positions, _, _ = ways.official_rule(pixels, torch.tensor([budget]), quota)
+    tokens, positions, _, saliency = ways.run(OURS_TORCH, pixels, budget)
+    ort_tokens, ort_positions, _, ort_saliency = ways.run(OURS_ORT, pixels, budget)
+    (ort_plain,) = ways.run(PLAIN_ORT, pixels, budget)
+    scale = float(plain.abs().max())
+    rows = torch.gather(plain, 1, positions.clamp_min(0)[..., None].expand_as(tokens))
+    real = (positions >= 0)[..., None]
+    seen = {
+        "zero rows of the official way": float((same_positions < 0).sum()),
+        "official rule, ours against the official way": float((same_rule - official).abs().max()) / scale,
+        "ours torch against plain rows": float(((tokens - rows) * real).abs().max()) / scale,
+        "plain ORT against plain torch": float(np.abs(ort_plain - plain.numpy()).max()) / scale,
+        "saliency, ORT against torch": float(np.abs(ort_saliency - saliency.numpy()).max() / saliency.max()),
+        "positions that differ, ORT against torch": float((ort_positions != positions.numpy()).sum()),
+        "largest share of one token in the CLS row": float(saliency.max()),
+    }
+    if not seen["positions that differ, ORT against torch"]:
+        seen["ours ORT against ours torch"] = float(np.abs(ort_tokens - tokens.numpy()).max()) / scale
+    bad = [name for name, value in seen.items() if " against " in name and "positions" not in name and value > 1e-4]
+    if bad:
+        raise SystemExit(f"the ways do not agree: {seen}")
+    return seen
+
+
+@dataclass
+class Samples:
+    """Process CPU seconds and wall seconds of each repetition."""
+
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+
+    def take(self, action: Callable[[], Any], times: int = 1) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(times):
+            action()
+        self.cpu.append((time.process_time() - cpu) / times)
+        self.wall.append((time.perf_counter() - wall) / times)
+
+    def as_row(self) -> dict[str, Any]:
+        return {
+            "cpu_ms": round(statistics.median(self.cpu) * 1e3, 3),
+            "wall_ms": round(statistics.median(self.wall) * 1e3, 3),
+            "cpu_ms_all": [round(value * 1e3, 3) for value in self.cpu],
+        }
+
+
+def measure(ways: Contestants, pixels: Tensor, budgets: list[int], repeats: int) -> dict[str, dict[str, Any]]:
+    """Interleaved rounds: one run of each way after the other, the order turned by one every round."""
+    pruned = [(name, budget) for budget in budgets for name in (OFFICIAL, OURS_TORCH, OURS_ORT)]
+    entries = [*pruned, (PLAIN_TORCH, ways.spec.vision.tokens), (PLAIN_ORT, ways.spec.vision.tokens)]
+    samples = {entry: Samples() for entry in entries}
+    rules = {(name, budget): Samples() for name in (OURS_TORCH, OURS_ORT) for budget in budgets}
+    saliency = ways.run(OURS_TORCH, pixels, budgets[0])[3]
+    for round_number in range(repeats):
+        turn = round_number % len(entries)
+        for name, budget in entries[turn:] + entries[:turn]:
+            samples[name, budget].take(lambda name=name, budget=budget: ways.run(name, pixels, budget))  # type: ignore[misc]
+        for name, budget in rules:
+            action = lambda name=name, budget=budget: ways.rule(name, saliency, budget)  # type: ignore[misc]  # noqa: E731
+            action()
+            rules[name, budget].take(action, times=20)
+        print(f"  B={len(pixels)} round {round_number + 1}/{repeats}", file=sys.stderr, flush=True)
+    found = {f"{name} K={budget}": taken.as_row() for (name, budget), taken in samples.items()}
+    found.update({f"rule only, {name} K={budget}": taken.as_row() for (name, budget), taken in rules.items()})
+    return found
+
+
+def ratios_of(rows: dict[str, dict[str, Any]], budgets: list[int], tokens: int) -> dict[str, float]:
+    """What the rows mean; ratios are of medians of CPU time."""
+    cpu = {name: row["cpu_ms"] for name, row in rows.items()}
+    plain_torch, plain_ort = cpu[f"{PLAIN_TORCH} K={tokens}"], cpu[f"{PLAIN_ORT} K={tokens}"]
+    found = {}
+    for budget in budgets:
+        torch_ms, ort_ms = cpu[f"{OURS_TORCH} K={budget}"], cpu[f"{OURS_ORT} K={budget}"]
+        found[f"official / ours torch, K={budget}"] = cpu[f"{OFFICIAL} K={budget}"] / torch_ms
+        found[f"official / ours ORT, K={budget}"] = cpu[f"{OFFICIAL} K={budget}"] / ort_ms
+        found[f"ours torch / plain torch, K={budget}"] = torch_ms / plain_torch
+        found[f"ours ORT / plain ORT, K={budget}"] = ort_ms / plain_ort
+        found[f"selection share of ours torch, K={budget}"] = cpu[f"rule only, {OURS_TORCH} K={budget}"] / torch_ms
+        found[f"selection share of ours ORT, K={budget}"] = cpu[f"rule only, {OURS_ORT} K={budget}"] / ort_ms
+    return {name: round(value, 5) for name, value in found.items()}
+
+
+def show(batch: int, rows: dict[str, dict[str, Any]], ratios: dict[str, float]) -> None:
+    """Two tables on stdout."""
+    console = Console(width=120)
+    times = Table("way", "CPU ms (median)", "wall ms (median)", title=f"B={batch}, {THREADS} thread(s)", title_justify="left")
+    for name, row in rows.items():
+        times.add_row(name, f"{row['cpu_ms']:.2f}", f"{row['wall_ms']:.2f}")
+    console.print(times)
+    table = Table("ratio of medians of CPU time", "value")
+    for name, value in ratios.items():
+        table.add_row(name, f"{value * 100:.3f} %" if "share" in name else f"{value:.3f}")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch and of ONNX Runtime (1)")
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds (5)")
+    parser.add_argument("--layers", type=int, default=24, help="layers of the tower, fewer for a quick run (24)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="pictures in a batch (1 4)")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[64, 192], help="tokens kept (64 192)")
+    parser.add_argument("--json", type=Path, help="write the result here as well")
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    logging.disable(logging.WARNING)  # the exporter warns about packages that are not needed
+    warnings.simplefilter("ignore")
+    print(one_line())
+    result: dict[str, Any] = {"threads": THREADS, "layers": options.layers, "repeats": options.repeats, "batches": {}}
+    with tempfile.TemporaryDirectory(prefix="bench-encoder-") as work, torch.inference_mode():
+        spec = spec_of_size(options.layers)
+        with torch.inference_mode(False), torch.no_grad():
+            ways = Contestants(spec, Path(work))
+        for batch in options.batches:
+            generator = torch.Generator().manual_seed(batch)
+            side = spec.vision.image_size
+            pixels = torch.randn(batch, spec.vision.channels, side, side, generator=generator)
+            checks = {str(budget): check_outputs(ways, pixels, budget) for budget in options.budgets}
+            rows = measure(ways, pixels, options.budgets, options.repeats)
+            ratios = ratios_of(rows, options.budgets, spec.vision.tokens)
+            show(batch, rows, ratios)
+            result["batches"][str(batch)] = {"times": rows, "ratios": ratios, "checks": checks}
+    if options.json:
+        write_result(options.json, result)
+
+
+if __name__ == "__main__":
+    main()

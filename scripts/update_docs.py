@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""Write what documentation takes from code and from benchmark results.
+
+    python scripts/update_docs.py           rewrite docs/cli.md and the marked blocks of README.md
+    python scripts/update_docs.py --check   exit code 1 if any of them is out of date
+
+A block of README.md lies between `<!-- NAME:start -->` and `<!-- NAME:end -->`. Numbers come from benchmarks/results
+only, so a figure that was not measured cannot be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from holov_export.cli import cli
+from holov_export.spec import POLICIES, FeatureSource
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, say what is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for path, text in documents().items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            stale.append(path.relative_to(ROOT))
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    for name in stale:
+        print(f"{name} {'is out of date: run scripts/update_docs.py' if check else 'written'}")
+    return 1 if check and stale else 0
+
+
+def documents() -> dict[Path, str]:
+    """Every generated document as it should be."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, block in blocks().items():
+        readme = replaced(readme, name, block)
+    return {ROOT / "docs" / "cli.md": cli_reference(), ROOT / "README.md": readme}
+
+
+def blocks() -> dict[str, str]:
+    """README block name -> Markdown."""
+    return {"methods": methods_table(), "demo-answers": answers_table(), "encoder": encoder_table()}
+
+
+def replaced(text: str, name: str, block: str) -> str:
+    """`text` with the block `name` filled; unchanged if it has no such block."""
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    if start not in text:
+        return text
+    before, rest = text.split(start, 1)
+    after = rest.split(end, 1)[1]
+    return f"{before}{start}\n{block.strip()}\n{end}{after}"
+
+
+def cli_reference() -> str:
+    """docs/cli.md: the help of every command as click prints it."""
+    parts = ["# Command line", "", "Written by `scripts/update_docs.py` from the commands' own help.", ""]
+    top = click.Context(cli, info_name="holov-export", terminal_width=100, max_content_width=100)
+    parts += ["```", cli.get_help(top), "```", ""]
+    for name, command in cli.commands.items():
+        context = click.Context(command, info_name=name, parent=top, terminal_width=100, max_content_width=100)
+        parts += [f"## {name}", "", "```", command.get_help(context), "```", ""]
+    return "\n".join(line.rstrip() for part in parts for line in part.split("\n"))
+
+
+def methods_table() -> str:
+    """The selection rules, from their policies."""
+    lines = ["| method | keeps | selects | source |", "|---|---|---|---|"]
+    for name, policy in POLICIES.items():
+        when = "early" if policy.features is FeatureSource.NONE else "late"
+        lines.append(f"| `{name}` | {policy.summary} | {when} | {policy.source} |")
+    return "\n".join(lines)
+
+
+def answers_table() -> str:
+    """Accuracy of the demo model, per rule and budget."""
+    result = read("demo-answers.json")
+    rules: dict[str, dict[str, Any]] = result["rules"]
+    budgets = sorted({int(budget) for row in rules.values() for budget in row}, reverse=True)
+    tokens = budgets[0]
+    heads = " | ".join(f"{budget} ({budget / tokens:.1%})" for budget in budgets)
+    lines = [f"| rule | {heads} |", "|---|" + "---|" * len(budgets)]
+    for label, row in rules.items():
+        cells = []
+        for budget in budgets:
+            cell = row.get(str(budget))
+            if cell is None:
+                cells.append("")
+                continue
+            low, high = cell["interval"]
+            cells.append(f"{100 * cell['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+        lines.append(f"| `{label}` | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"{result['questions']} questions on {result['scenes']} held-out scenes, % right [95 % interval, bootstrapped over "
+        f"scenes]; ONNX Runtime and GenAI in float32 on a {result['machine']['cpu']}, {result['date'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
+def encoder_table() -> str:
+    """Filled by what scripts/bench_encoder wrote."""
+    return str(read("encoder-cpu.json").get("markdown", ""))
+
+
+def read(name: str) -> dict[str, Any]:
+    """A benchmark result."""
+    result: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

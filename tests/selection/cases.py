@@ -1,0 +1,156 @@
+"""Inputs for the selection tests, and where a float32 rounding decides what is kept.
+
+`floor(w K)` is discontinuous: where w K is a whole number, the last bit of a sum moves a token from one crop to
+another. Two correct implementations may differ there, so comparisons leave such inputs out; invariants do not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from hypothesis import strategies as st
+
+from holov_export.selection.geometry import crops_of_grid
+from holov_export.selection.registry import rule_from_policy
+from holov_export.spec import (
+    CropLayout,
+    HolovOfficialPolicy,
+    HolovPaperPolicy,
+    HolovPolicy,
+    SelectionPolicy,
+    policy_from_settings,
+)
+
+Floats = npt.NDArray[np.float32]
+Grid = tuple[int, int]
+
+SETTINGS: list[tuple[str, dict[str, str]]] = [
+    ("holov", {}),
+    ("holov", {"crops": "5"}),
+    ("holov", {"crops": "6", "layout": "tiles"}),
+    ("holov", {"crops": "1"}),
+    ("holov", {"crops": "100"}),
+    ("holov-official", {}),
+    ("holov-official", {"crops": "5"}),
+    ("holov-official", {"crops": "100"}),
+    ("holov-paper", {}),
+    ("holov-paper", {"crops": "5", "layout": "strips"}),
+    ("holov-paper", {"crops": "6", "tau": "0.5"}),
+    ("holov-paper", {"tau": "4"}),
+    ("holov-paper", {"crops": "100"}),
+    ("cls-topk", {}),
+    ("uniform", {}),
+    ("random", {}),
+    ("random", {"seed": "7"}),
+]
+POLICIES = [policy_from_settings(method, settings) for method, settings in SETTINGS]
+NAMES = [" ".join([method, *(f"{key}={value}" for key, value in settings.items())]) for method, settings in SETTINGS]
+GRIDS: list[Grid] = [(4, 4), (5, 7), (3, 4), (8, 8), (2, 3), (1, 5), (1, 1)]
+WIDTH = 12
+
+
+def kept(policy: SelectionPolicy, saliency: Floats, quota: npt.ArrayLike, grid: Grid, features: Floats) -> npt.NDArray:
+    """int64 [B, N]: the torch rule's positions; its counts must be the quotas."""
+    asked = torch.as_tensor(np.asarray(quota, dtype=np.int64))
+    with torch.no_grad():
+        positions, counts = rule_from_policy(policy, grid)(torch.from_numpy(saliency), torch.from_numpy(features), asked)
+    assert positions.dtype == counts.dtype == torch.int64
+    assert positions.shape == saliency.shape
+    assert torch.equal(counts, asked)
+    return positions.numpy()
+
+
+def features_of(batch: int, tokens: int, seed: int) -> Floats:
+    """Rows with a common part, as a projector's are."""
+    dice = np.random.default_rng(seed)
+    rows = dice.standard_normal((batch, tokens, WIDTH)) + 2 * dice.standard_normal((batch, 1, WIDTH))
+    return rows.astype(np.float32)
+
+
+@st.composite
+def batches(draw: st.DrawFn, grid: Grid) -> tuple[Floats, list[int], Floats]:
+    """(saliency [B, N], quota of each picture, features [B, N, D]).
+
+    Saliencies are whole multiples of 2^-12, with many equal ones: every sum of them is exact in float32.
+    """
+    tokens, batch = grid[0] * grid[1], draw(st.integers(1, 4))
+    top = draw(st.sampled_from([1, 3, 255]))
+    value = st.one_of(st.integers(0, top), st.integers(0, 2)) | st.just(0)
+    row = st.lists(value, min_size=tokens, max_size=tokens)
+    saliency = np.array(draw(st.lists(row, min_size=batch, max_size=batch)), dtype=np.float32) / np.float32(4096)
+    quota = draw(st.lists(st.integers(1, tokens), min_size=batch, max_size=batch))
+    return saliency, quota, features_of(batch, tokens, draw(st.integers(0, 2**16)))
+
+
+def realistic(kind: str, batch: int, tokens: int, dice: np.random.Generator) -> Floats:
+    """Rows of attention: "flat", "usual" or "peaky" (heavy tails, whole crops overflow)."""
+    if kind == "peaky":
+        logits = np.log(dice.pareto(1.0, (batch, tokens)) + 1e-3)
+    else:
+        logits = dice.standard_normal((batch, tokens)) * (0.2 if kind == "flat" else 1.5)
+    share = np.exp(logits)
+    row: Floats = (share / share.sum(1, keepdims=True)).astype(np.float32)
+    return row
+
+
+def hangs_on_rounding(policy: SelectionPolicy, saliency: Floats, quota: int, grid: Grid, features: Floats) -> bool:
+    """True where the rule's result for one picture may change with the last bit of a sum (computed in float64)."""
+    if isinstance(policy, HolovPaperPolicy):
+        return _paper_hangs(policy, saliency, quota, grid, features)
+    if not isinstance(policy, HolovPolicy | HolovOfficialPolicy):
+        return False
+    layout = policy.layout if isinstance(policy, HolovPolicy) else CropLayout.STRIPS
+    crops = crops_of_grid(grid, policy.crops, layout)
+    wide = saliency.astype(np.float64)
+    scores = np.array([wide[crop].mean() * (1090.0 if len(crop) > 1 else 1.0) for crop in crops])
+    weights = scores / (scores.sum() + 1e-6)
+    return len(crops) > 1 and (_near_whole(weights * quota) or _last_is_nearly_equal(weights, quota))
+
+
+def _paper_hangs(policy: HolovPaperPolicy, saliency: Floats, quota: int, grid: Grid, features: Floats) -> bool:
+    crops = crops_of_grid(grid, policy.crops, policy.layout)
+    scores = [_holistic(saliency[crop].astype(np.float64), features[crop].astype(np.float64)) for crop in crops]
+    means = np.array([score.mean() for score in scores]) ** policy.tau
+    if means.max() < 1e-30:
+        return False
+    weights, sizes = means / means.sum(), np.array([len(crop) for crop in crops])
+    shares = np.minimum(np.floor(weights * quota), sizes)
+    surplus, pull = (np.floor(weights * quota) - shares).sum(), weights * (sizes - shares)
+    extra = surplus * pull / max(pull.sum(), 1e-12)
+    close = any(_nearly_equal(score) for score in [*scores, weights])
+    return close or len(crops) > 1 and (_near_whole(weights * quota) or _near_whole(extra))
+
+
+def _holistic(attention: npt.NDArray[np.float64], rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    size = len(attention)
+    if size == 1:
+        return attention
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    similarity = (unit @ unit.T) * (1 - np.eye(size))
+    mean = similarity.sum(1, keepdims=True) / (size - 1)
+    variance = ((similarity - mean) ** 2).sum(1) / (size - 1)
+    return np.asarray(attention.mean() / max(variance.mean(), 1e-12) * variance + attention)
+
+
+def _near_whole(shares: npt.NDArray[np.float64]) -> bool:
+    near = np.abs(shares - np.round(shares)) < 1e-5 * shares
+    return bool((near & (shares > 0.5)).any())
+
+
+def _last_is_nearly_equal(weights: npt.NDArray[np.float64], quota: int) -> bool:
+    """The last crop to get a left-over token and the first to get none differ by less than float32 can tell.
+
+    Exact equality is no matter here: it is exact in every implementation, and the lower crop wins.
+    """
+    left = quota - int(np.floor(weights * quota).sum())
+    if not 0 < left < len(weights):
+        return False
+    ranked = np.sort(weights)[::-1]
+    return bool(0 < ranked[left - 1] - ranked[left] < 1e-5 * ranked[left - 1])
+
+
+def _nearly_equal(values: npt.NDArray[np.float64]) -> bool:
+    """Some two values differ by less than float32 can tell."""
+    ordered = np.sort(values)
+    return bool((np.diff(ordered) < 1e-5 * np.abs(ordered[1:])).any())

@@ -1,0 +1,121 @@
+"""What a --model value means, and what is said when it cannot be had."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from holov_export import catalog
+from holov_export.catalog import CATALOG, checkpoint_from_reference, reference_from_name
+from holov_export.errors import EnvironmentFaultError, UnknownNameError
+
+
+def test_the_table() -> None:
+    for name, entry in CATALOG.items():
+        assert entry.name == name
+        assert entry.tokens > 0
+        assert bool(entry.repository) == (name != "demo")
+        if entry.repository:
+            assert re.fullmatch(r"[0-9a-f]{40}", entry.revision), "a full commit, not a branch"
+
+
+def test_name_of_the_table() -> None:
+    reference = reference_from_name("llava-1.5-7b")
+    entry = CATALOG["llava-1.5-7b"]
+    assert (reference.kind, reference.repository, reference.revision) == ("hub", entry.repository, entry.revision)
+    assert reference.folder is None
+
+
+def test_demo_ships_with_the_package() -> None:
+    try:
+        reference = reference_from_name("demo")
+    except EnvironmentFaultError:
+        pytest.skip("the demo model has not been trained in this checkout")
+    assert reference.kind == "bundled"
+    assert reference.folder is not None
+    checkpoint = checkpoint_from_reference(reference)
+    assert (checkpoint.source.kind, checkpoint.source.name) == ("bundled", "demo")
+    assert (checkpoint.folder / "config.json").is_file()
+
+
+def test_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my-llava").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for value in ("my-llava", "./my-llava", "my-llava/", str(tmp_path / "my-llava")):
+        reference = reference_from_name(value)
+        assert (reference.label, reference.kind) == ("my-llava", "local")
+        checkpoint = checkpoint_from_reference(reference)
+        assert checkpoint.folder == tmp_path / "my-llava"
+        assert checkpoint.source.name == "my-llava", "no local path goes into a manifest"
+
+
+def test_a_name_of_the_table_wins_over_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "llava-1.5-7b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert reference_from_name("llava-1.5-7b").kind == "hub"
+    assert reference_from_name("./llava-1.5-7b").kind == "local"
+
+
+@pytest.mark.parametrize(
+    ("value", "repository", "revision"),
+    [("someone/their-llava", "someone/their-llava", None), ("someone/their-llava@abc1", "someone/their-llava", "abc1")],
+)
+def test_repository(value: str, repository: str, revision: str | None) -> None:
+    reference = reference_from_name(value)
+    assert (reference.kind, reference.repository, reference.revision) == ("hub", repository, revision)
+    assert reference.label == "their-llava"
+
+
+@pytest.mark.parametrize("value", ["./missing", "/no/such/folder", "~/no-such-folder-here", "missing/", "a/b/c"])
+def test_path_that_is_no_directory(value: str) -> None:
+    with pytest.raises(UnknownNameError, match="is not a directory") as caught:
+        reference_from_name(value)
+    assert caught.value.exit_code == 2
+
+
+def test_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("x", encoding="utf-8")
+    with pytest.raises(UnknownNameError, match="is not a directory"):
+        reference_from_name(str(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize("value", ["llava-1.5-8b", "", "Demo"])
+def test_unknown_name_lists_the_known_ones(value: str) -> None:
+    with pytest.raises(UnknownNameError, match=r"demo, llava-1\.5-7b"):
+        reference_from_name(value)
+
+
+def test_resolving_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "require", lambda module: pytest.fail(f"{module} was asked for"))
+    reference_from_name("llava-1.5-7b")
+
+
+OFFLINE = """
+import sys
+from holov_export.catalog import checkpoint_from_reference, reference_from_name
+from holov_export.errors import NetworkError
+try:
+    checkpoint_from_reference(reference_from_name("llava-1.5-7b"), weights=sys.argv[1] == "weights")
+except NetworkError as error:
+    print(error.exit_code, error)
+"""
+
+
+@pytest.mark.parametrize("what", ["weights", "configuration"])
+def test_without_network_and_copy_it_names_the_option(tmp_path: Path, what: str) -> None:
+    pytest.importorskip("huggingface_hub")
+    run = subprocess.run(
+        [sys.executable, "-c", OFFLINE, what],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("3 'llava-hf/llava-1.5-7b-hf' is not in the local cache")
+    assert "--model DIR" in run.stdout
