@@ -1,5 +1,7 @@
 """Export a vision-language model so that an image costs 64 tokens instead of 576.
 
+In Python:
+
     from holov_export import Session
     answer = Session.open("demo-holov-fp32").ask("photo.jpg", "which digit is red?", budget=16)
 """

@@ -97,7 +97,7 @@ class SamplingSettings:
     """How a decoder picks tokens. `temperature` 0 is greedy; `seed` only matters when it is not.
 
     Attributes:
-        max_new_tokens: at most so many tokens are generated.
+        max_new_tokens: at most so many tokens are generated; fewer where the context ends earlier.
         temperature: 0 for greedy, else the softmax temperature.
         top_k: sample among the k most likely tokens; 0 means all.
         top_p: sample in the nucleus of this probability mass.

@@ -3,7 +3,7 @@
 
     python scripts/ask_demo.py BUNDLE [--json OUT] [--repeats 9]
 
-Answers and medians of interleaved runs are printed. Times to first token hold preprocessing, vision, stitching, prefill.
+Prints answers and medians of interleaved runs. TTFT holds preprocessing, vision, stitching and prefill.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ OPSET = 18
 WIDTH = 4096
 #: random weights attend evenly to everything; a trained CLS token does not, and quotas should differ between crops
 PEAKINESS = 10.0
-OFFICIAL, PLAIN_TORCH, OURS_TORCH, OURS_ORT, PLAIN_ORT = "official", "plain torch", "ours torch", "ours ORT", "plain ORT"
+OFFICIAL, PLAIN_TORCH, PLAIN_ORT = "official", "plain torch", "plain ORT"
+OURS_TORCH, OURS_ORT = "ours torch", "ours ORT"
 
 
 def spec_of_size(layers: int) -> ModelSpec:
@@ -123,20 +125,23 @@ def transformers_models(spec: ModelSpec) -> tuple[Any, Any, Any]:
         "patch_size": vision.patch_size,
         "projection_dim": 768,
     }
+    tower: Any = CLIPVisionModel  # typed loosely in transformers
+    config: Any = CLIPVisionConfig
     torch.manual_seed(0)
-    eager = CLIPVisionModel(CLIPVisionConfig(**sizes, attn_implementation="eager")).eval().requires_grad_(False)
+    eager = tower(config(**sizes, attn_implementation="eager")).eval().requires_grad_(False)
     for name, parameter in eager.named_parameters():
         if "q_proj.weight" in name or "k_proj.weight" in name:
             parameter.mul_(PEAKINESS)
     with torch.device("meta"):
-        sdpa = CLIPVisionModel(CLIPVisionConfig(**sizes, attn_implementation="sdpa")).eval()
+        sdpa = tower(config(**sizes, attn_implementation="sdpa")).eval()
     sdpa.load_state_dict(eager.state_dict(), assign=True)
     for name, buffer in eager.named_buffers():  # position_ids is not among the saved tensors
         module, _, leaf = name.rpartition(".")
         sdpa.get_submodule(module).register_buffer(leaf, buffer, persistent=False)
-    full = LlavaConfig(vision_config=CLIPVisionConfig(**sizes), text_config={"model_type": "llama", "hidden_size": WIDTH})
+    text = {"model_type": "llama", "hidden_size": WIDTH}
+    full = LlavaConfig(vision_config=config(**sizes), text_config=text)
     projector = LlavaMultiModalProjector(full).eval().requires_grad_(False)
-    used = [tower.config._attn_implementation for tower in (eager, sdpa)]
+    used = [module.config._attn_implementation for module in (eager, sdpa)]
     assert used == ["eager", "sdpa"], used
     return eager, sdpa.requires_grad_(False), projector
 
@@ -166,7 +171,8 @@ class PlainVision(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         hidden = self.vision_tower.feature_layer(self.vision_tower.before_feature_layer(pixel_values))
-        return self.multi_modal_projector(hidden[:, 1:])
+        tokens: Tensor = self.multi_modal_projector(hidden[:, 1:])
+        return tokens
 
 
 class RuleOnly(nn.Module):
@@ -187,9 +193,7 @@ class RuleOnly(nn.Module):
 
 def plan_of(spec: ModelSpec, policy: SelectionPolicy) -> ExportPlan:
     source = CheckpointSource(kind="local", name="random")
-    return ExportPlan(
-        model=spec, source=source, policy=policy, precision=Precision.FP32, decoder=None, opset=OPSET
-    )
+    return ExportPlan(model=spec, source=source, policy=policy, precision=Precision.FP32, decoder=None, opset=OPSET)
 
 
 def exported(module: nn.Module, arguments: tuple[Tensor, ...], shapes: tuple[Any, ...], path: Path) -> Path:
@@ -340,11 +344,10 @@ def measure(ways: Contestants, pixels: Tensor, budgets: list[int], repeats: int)
     for round_number in range(repeats):
         turn = round_number % len(entries)
         for name, budget in entries[turn:] + entries[:turn]:
-            samples[name, budget].take(lambda name=name, budget=budget: ways.run(name, pixels, budget))  # type: ignore[misc]
+            samples[name, budget].take(partial(ways.run, name, pixels, budget))
         for name, budget in rules:
-            action = lambda name=name, budget=budget: ways.rule(name, saliency, budget)  # type: ignore[misc]  # noqa: E731
-            action()
-            rules[name, budget].take(action, times=20)
+            ways.rule(name, saliency, budget)
+            rules[name, budget].take(partial(ways.rule, name, saliency, budget), times=20)
         print(f"  B={len(pixels)} round {round_number + 1}/{repeats}", file=sys.stderr, flush=True)
     found = {f"{name} K={budget}": taken.as_row() for (name, budget), taken in samples.items()}
     found.update({f"rule only, {name} K={budget}": taken.as_row() for (name, budget), taken in rules.items()})
@@ -370,7 +373,8 @@ def ratios_of(rows: dict[str, dict[str, Any]], budgets: list[int], tokens: int) 
 def show(batch: int, rows: dict[str, dict[str, Any]], ratios: dict[str, float]) -> None:
     """Two tables on stdout."""
     console = Console(width=120)
-    times = Table("way", "CPU ms (median)", "wall ms (median)", title=f"B={batch}, {THREADS} thread(s)", title_justify="left")
+    title = f"B={batch}, {THREADS} thread(s)"
+    times = Table("way", "CPU ms (median)", "wall ms (median)", title=title, title_justify="left")
     for name, row in rows.items():
         times.add_row(name, f"{row['cpu_ms']:.2f}", f"{row['wall_ms']:.2f}")
     console.print(times)
@@ -383,7 +387,7 @@ def show(batch: int, rows: dict[str, dict[str, Any]], ratios: dict[str, float]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch and of ONNX Runtime (1)")
-    parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds (5)")
+    parser.add_argument("--repeats", type=int, nargs="+", default=[5], help="interleaved rounds of each batch (5)")
     parser.add_argument("--layers", type=int, default=24, help="layers of the tower, fewer for a quick run (24)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="pictures in a batch (1 4)")
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 192], help="tokens kept (64 192)")
@@ -393,20 +397,21 @@ def main() -> None:
     logging.disable(logging.WARNING)  # the exporter warns about packages that are not needed
     warnings.simplefilter("ignore")
     print(one_line())
-    result: dict[str, Any] = {"threads": THREADS, "layers": options.layers, "repeats": options.repeats, "batches": {}}
+    result: dict[str, Any] = {"threads": THREADS, "layers": options.layers, "batches": {}}
     with tempfile.TemporaryDirectory(prefix="bench-encoder-") as work, torch.inference_mode():
         spec = spec_of_size(options.layers)
         with torch.inference_mode(False), torch.no_grad():
             ways = Contestants(spec, Path(work))
-        for batch in options.batches:
+        for index, batch in enumerate(options.batches):
+            repeats = options.repeats[min(index, len(options.repeats) - 1)]
             generator = torch.Generator().manual_seed(batch)
             side = spec.vision.image_size
             pixels = torch.randn(batch, spec.vision.channels, side, side, generator=generator)
             checks = {str(budget): check_outputs(ways, pixels, budget) for budget in options.budgets}
-            rows = measure(ways, pixels, options.budgets, options.repeats)
+            rows = measure(ways, pixels, options.budgets, repeats)
             ratios = ratios_of(rows, options.budgets, spec.vision.tokens)
             show(batch, rows, ratios)
-            result["batches"][str(batch)] = {"times": rows, "ratios": ratios, "checks": checks}
+            result["batches"][str(batch)] = {"repeats": repeats, "times": rows, "ratios": ratios, "checks": checks}
     if options.json:
         write_result(options.json, result)
 

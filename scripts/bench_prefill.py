@@ -31,8 +31,7 @@ from holov_export.spec import DecoderPrecision, DecoderSpec
 from holov_export.tensors import SamplingSettings, StitchedPrompt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from checkpoints import TinyLlava, write_checkpoint  # noqa: E402
-
+from checkpoints import TinyLlava, write_checkpoint
 
 
 @dataclass

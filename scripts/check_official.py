@@ -164,7 +164,7 @@ def differing(case: Case, published: Published, attention: Floats, features: Flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("published", type=Path, metavar="PUBLISHED_UTILS_PY", help="llava/model/utils.py of obananas/HoloV")
+    parser.add_argument("published", type=Path, metavar="PUBLISHED_UTILS_PY", help="llava/model/utils.py")
     parser.add_argument("--images", type=int, default=6000, help="at least so many random images (6000)")
     parser.add_argument("--width", type=int, default=48, help="width of the feature rows (48)")
     parser.add_argument("--seed", type=int, default=0)

@@ -67,8 +67,8 @@ def export_here(folder: Path, out: Path, precision: str) -> None:
 def command_of(route: str, folder: Path, out: Path, precision: str) -> list[str]:
     if route == "module":
         return [sys.executable, __file__, "--child", str(folder), str(out), precision]
-    line = [sys.executable, "-m", "holov_export.cli", "--model", str(folder), f"--{precision}", "--no-decoder"]
-    line += ["--json", "-o", str(out)]
+    line = [sys.executable, "-c", "from holov_export.cli import main; main()"]
+    line += ["--model", str(folder), f"--{precision}", "--no-decoder", "--json", "-o", str(out)]
     return line if route == "cli-verified" else [*line, "--no-verify"]
 
 
@@ -121,8 +121,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
-        folder, out, precision = sys.argv[2:]
-        export_here(Path(folder), Path(out), precision)
+        export_here(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="where to make the directory (the system's temporary folder)")
@@ -131,17 +130,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here as well")
     options = parser.parse_args()
     print(one_line())
-    with tempfile.TemporaryDirectory(prefix="true-size-", dir=options.work) as work:
-        folder = Path(work) / "llava-1.5-7b"
+    with tempfile.TemporaryDirectory(prefix="true-size-", dir=options.work) as temporary:
+        work = Path(temporary)
+        folder = work / "llava-1.5-7b"
         write_checkpoint(folder)
         apparent, on_disk = sizes_of(folder)
         print(f"shards: {apparent / 1e9:.2f} GB apparent, {on_disk / 1e9:.2f} GB on disk")
-        rows = [watch(route, folder, Path(work), item) for item in options.precisions for route in options.routes]
+        rows = [watch(route, folder, work, item) for item in options.precisions for route in options.routes]
     show(rows)
     judged = [row for row in rows if row["route"] != "cli-verified"]
-    good = all(
-        row["peak_rss_bytes"] < PEAK_LIMIT and row.get("tensor_bytes_read", 0) < READ_LIMIT for row in judged
-    )
+    good = all(row["peak_rss_bytes"] < PEAK_LIMIT and row.get("tensor_bytes_read", 0) < READ_LIMIT for row in judged)
     limits = {"peak_rss_bytes": PEAK_LIMIT, "tensor_bytes_read": READ_LIMIT}
     sizes = {"checkpoint_apparent_bytes": apparent, "checkpoint_disk_bytes": on_disk}
     if options.json:

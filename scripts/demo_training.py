@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import demo_scenes as ds
 import numpy as np
@@ -29,7 +29,7 @@ ASK_TOKENS = ("assistant", ":")
 
 class Muon:
     """Momentum whose update is orthogonalised by five Newton-Schulz steps, for 2-D weights.
-    Source: Keller Jordan, kellerjordan.github.io/posts/muon (coefficients); arXiv 2502.16982 (0.2 sqrt(max))."""
+    Source: Keller Jordan, kellerjordan.github.io/posts/muon (coefficients); arXiv 2502.16982 (scale)."""
 
     def __init__(self, weights: Iterable[nn.Parameter], momentum: float = 0.95, decay: float = 0.02) -> None:
         self.momentum, self.decay = momentum, decay
@@ -42,11 +42,11 @@ class Muon:
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """One update with learning rate `rate`; gradients are left in place."""
-        for group, buffer in zip(self.groups, self.buffers):
+        for group, buffer in zip(self.groups, self.buffers, strict=True):
             gradient = torch.stack([w.grad if w.grad is not None else torch.zeros_like(w) for w in group])
             buffer.mul_(self.momentum).add_(gradient)
             update = orthogonal(gradient + self.momentum * buffer) * (0.2 * max(gradient.shape[1:]) ** 0.5)
-            for weight, change in zip(group, update):
+            for weight, change in zip(group, update, strict=True):
                 weight.mul_(1 - rate * self.decay).add_(change, alpha=-rate)
 
 
@@ -62,7 +62,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """Muon for the inner matrices of `model`, AdamW for everything else (embeddings, heads, norms, biases)."""
+    """Muon for the inner matrices of `model`, AdamW for the rest (embeddings, heads, norms, biases)."""
 
     def __init__(self, model: nn.Module, outer: Sequence[str]) -> None:
         """`outer`: parts of parameter names that AdamW takes although they are matrices."""
@@ -100,7 +100,7 @@ def pixels_from_images(images: np.ndarray) -> Tensor:
 @torch.no_grad()
 def start_tower(tower: nn.Module) -> None:
     """Sine position embedding in the first 32 channels, and queries and keys of layers 0 to 2 with which
-    each head looks at one neighbouring patch. Training may change all of it; the architecture stays CLIP's."""
+    each head looks at one neighbour. Training may change all of it; the architecture stays CLIP's."""
     frequency = torch.pi * (torch.arange(8) + 0.5) / 8
     place = torch.arange(ds.GRID)[:, None] * frequency
     axis = torch.cat([place.sin(), place.cos()], 1)  # [12, 16]
@@ -110,7 +110,7 @@ def start_tower(tower: nn.Module) -> None:
     table[1:, :32] = torch.cat([axis[columns.flatten()], axis[rows.flatten()]], 1)
     tower.embeddings.patch_embedding.weight.normal_(std=0.05)
     tower.embeddings.class_embedding.normal_(std=0.3)
-    for layer, offsets in zip(tower.encoder.layers, NEIGHBOURS):
+    for layer, offsets in zip(tower.encoder.layers, NEIGHBOURS, strict=False):
         query, key = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
         for head, (dx, dy) in enumerate(offsets):
             block = slice(32 * head, 32 * head + 32)
@@ -172,7 +172,14 @@ def targets_from_scenes(batch: ds.SceneBatch) -> TowerTargets:
         presence[rows, batch.labels[:, slot]] = 1  # -1 lands in the spare last column
         bound[rows, batch.colors[:, slot]] = batch.labels[:, slot]
     count = np.minimum(batch.count - 1, 3)
-    arrays = (batch.patch_digit, batch.patch_color, batch.patch_center, presence[:, :10], count, bound[:, :-1])
+    arrays = (
+        batch.patch_digit,
+        batch.patch_color,
+        batch.patch_center,
+        presence[:, :10],
+        count,
+        bound[:, :-1],
+    )
     return TowerTargets(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
 
 
@@ -191,7 +198,8 @@ class TowerLosses(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Patch outputs [B, N, 19] and, of each of the two CLS tokens, outputs [B, 69]."""
         features, pooled = tower_features(self.tower, pixels)
-        scene = [head(x) for head, x in zip(self.cls_heads, (self.cls_norm(features[:, 0]), pooled))]
+        inputs = (self.cls_norm(features[:, 0]), pooled)
+        scene = [head(x) for head, x in zip(self.cls_heads, inputs, strict=True)]
         return self.patch_head(self.norm(features[:, 1:])), scene
 
     def patch_loss(self, outputs: Tensor, targets: TowerTargets) -> Tensor:
@@ -216,7 +224,7 @@ class TowerLosses(nn.Module):
 
 
 def tower_scores(patch: Tensor, scene: list[Tensor], targets: TowerTargets) -> dict[str, float]:
-    """Shares right: digit and colour of inked patches; digit set, count and colour to digit at CLS of layer -2."""
+    """Shares right: digit and colour of inked patches; at CLS of layer -2 digit set, count, colour to digit."""
     inked = targets.digit < 10
     digit, color = patch[..., :11].argmax(-1), patch[..., 11:17].argmax(-1)
     out = scene[0]
@@ -243,7 +251,18 @@ class PackedLayout:
         self.vocabulary = vocabulary
         self.prefix = [vocabulary[w] for w in ("<s>", "user", ":")]
         self.end = vocabulary["</s>"]
-        words = ("presence", "presence", "count", "leftmost", "topmost", "color", "color", "what", "leftmost", "read")
+        words = (
+            "presence",
+            "presence",
+            "count",
+            "leftmost",
+            "topmost",
+            "color",
+            "color",
+            "what",
+            "leftmost",
+            "read",
+        )
         examples = {
             "presence": "is there a 7?",
             "count": "how many digits are there?",
@@ -255,16 +274,18 @@ class PackedLayout:
         }
         asked = [len(self.ids(examples[w])) + len(ASK_TOKENS) for w in words]
         self.answer_room = [ds.MAX_DIGITS if w == "read" else 1 for w in words]  # tokens, without </s>
-        self.lengths = [a + r for a, r in zip(asked, self.answer_room)]
+        self.lengths = [a + r for a, r in zip(asked, self.answer_room, strict=True)]
         starts = np.cumsum([0, *self.lengths])
         self.total = int(starts[-1])
         self.block = torch.repeat_interleave(torch.arange(10), torch.tensor(self.lengths))
         self.offset = torch.cat([torch.arange(n) for n in self.lengths])
-        spans = [range(s + a - 1, s + a + r) for s, a, r in zip(starts, asked, self.answer_room)]
+        spans = [range(s + a - 1, s + a + r) for s, a, r in zip(starts, asked, self.answer_room, strict=False)]
         self.answers = torch.tensor([i for span in spans for i in span])  # positions that predict
         self.slot = torch.tensor([k for k, span in enumerate(spans) for _ in span])
+        lookup = [w in ("presence", "what") for w in words]  # find a named digit: learned last, so it counts more
+        self.weight = torch.where(torch.tensor(lookup)[self.slot], 2.5, 1.0)
 
-    @lru_cache(maxsize=None)  # noqa: B019 (a few dozen distinct sentences, one layout per run)
+    @cache  # noqa: B019 (a few dozen distinct sentences, one layout per run)
     def ids(self, text: str) -> tuple[int, ...]:
         """Token ids of plain words and digits, without specials."""
         return tuple(self.vocabulary[w] for w in text.replace("?", " ?").split())
@@ -276,7 +297,7 @@ class PackedLayout:
         for questions in scenes:
             ids: list[int] = []
             targets: list[int] = []
-            for q, room in zip(questions, self.answer_room):
+            for q, room in zip(questions, self.answer_room, strict=True):
                 answer = self.ids(q.answer)
                 spare = room - len(answer)
                 ids += [*self.ids(q.question), *ask, *answer, *[self.end] * spare]
@@ -325,8 +346,8 @@ class Reader(nn.Module):
         return self.head(self.language.norm(hidden))
 
     def alignment_loss(self, tokens: Tensor, batch: ds.SceneBatch) -> Tensor:
-        """How far projected features [B, N, D] of inked patches point away from the embeddings of their digit's
-        and colour's words, as cross-entropy of cosines. It stands in for LLaVA's alignment on captions."""
+        """How far projected features [B, N, D] of inked patches point away from the embeddings of the words for
+        their digit and colour, as cross-entropy of cosines. It stands in for LLaVA's captions."""
         digit, color = (torch.from_numpy(labels) for labels in (batch.patch_digit, batch.patch_color))
         inked = digit < 10
         projected = F.normalize(self.projector(tokens[inked]), dim=-1)
@@ -340,6 +361,13 @@ class Reader(nn.Module):
     def forward(self, tokens: Tensor, ids: Tensor) -> Tensor:
         """Image features [B, K, D], packed ids [B, total] -> logits [B, A, V] at the answer positions."""
         return self.decode(tokens, ids, *self.plan(tokens.shape[1]))
+
+
+def answer_loss(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    """Cross-entropy of logits [B, A, V] and targets [B, A] (-100: none), weighted by answer position [A]."""
+    terms = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
+    known = (targets != -100).float() * weight
+    return (terms.view_as(known) * known).sum() / known.sum()
 
 
 def kept_patches(batch: ds.SceneBatch, kept: int, rng: np.random.Generator) -> Tensor:

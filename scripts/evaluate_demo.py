@@ -112,7 +112,7 @@ def exported(folder: Path, method: str, settings: dict[str, str]) -> Path:
 def answered(bundle: Path, questions: list[Question], budget: int) -> np.ndarray:
     """bool [questions]: which are answered right at a budget."""
     right = []
-    with Session.open(bundle, provider="cpu") as session:
+    with Session.open(bundle, provider="cpu", threads=1) as session:
         for question in questions:
             answer = session.ask(question.image, question.text, budget=budget, sampling=GREEDY)
             right.append(answer.text.strip() in question.answers)

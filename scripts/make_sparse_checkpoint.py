@@ -139,7 +139,6 @@ def side_files() -> dict[str, dict[str, Any]]:
         image_size=IMAGE,
         patch_size=PATCH,
         projection_dim=768,
-        vocab_size=32000,
     )
     text = LlamaConfig(
         hidden_size=WIDTH,
@@ -175,7 +174,11 @@ def side_files() -> dict[str, dict[str, Any]]:
         "config.json": {**config.to_dict(), "architectures": ["LlavaForConditionalGeneration"], "dtype": "float16"},
         "preprocessor_config.json": preprocessor,
         "generation_config.json": generation,
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+        },
     }
 
 

@@ -57,4 +57,5 @@ def _strip_score(rows: Tensor, attention: Tensor) -> Tensor:
     variance = (similarity - mean).square().sum(dim=1) / others
     scaled = attention * 1e3
     factor = scaled.abs().mean() / (variance.abs().mean() + _EPSILON)
-    return (scaled + 0.09 * factor * variance).mean()
+    score: Tensor = (scaled + 0.09 * factor * variance).mean()
+    return score

@@ -101,12 +101,11 @@ def answers_table() -> str:
             low, high = cell["interval"]
             cells.append(f"{100 * cell['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
         lines.append(f"| `{label}` | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"{result['questions']} questions on {result['scenes']} held-out scenes, % right [95 % interval, bootstrapped over "
-        f"scenes]; ONNX Runtime and GenAI in float32 on a {result['machine']['cpu']}, {result['date'][:10]}.",
-    ]
-    return "\n".join(lines)
+    note = (
+        f"{result['questions']} questions on {result['scenes']} held-out scenes, % right [95 % interval, bootstrapped "
+        f"over scenes]; ONNX Runtime and GenAI in float32 on a {result['machine']['cpu']}, {result['date'][:10]}."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def encoder_table() -> str:

@@ -17,7 +17,8 @@ from toys import write_toy_bundle
 from holov_export.bundle import Bundle
 from holov_export.export.checkpoint import spec_from_checkpoint
 from holov_export.export.decoder_onnx import decoder_from_checkpoint
-from holov_export.spec import DecoderPrecision, ModelSpec
+from holov_export.pipeline import ExportRequest, export_bundle
+from holov_export.spec import DecoderPrecision, HolovPolicy, ModelSpec, Precision
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +54,20 @@ def answering_bundle(
     """The toy bundle with the GenAI decoder in it."""
     folder = tmp_path_factory.mktemp("bundles") / "answering"
     return write_toy_bundle(folder, llava_spec, llava_checkpoint, decoder=genai_folder)
+
+
+@pytest.fixture(scope="session")
+def exported_bundle(llava_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The checkpoint exported for real: float32, HoloV, no decoder, not verified."""
+    request = ExportRequest(
+        model=str(llava_checkpoint),
+        policy=HolovPolicy(),
+        precision=Precision.FP32,
+        decoder=None,
+        output=tmp_path_factory.mktemp("bundles") / "exported",
+        verify=False,
+    )
+    return export_bundle(request)[0]
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ def plan(decoder: DecoderPrecision | None = None) -> ExportPlan:
                 eos_token_ids=(2,),
                 pad_token_id=None,
             ),
-            prompt=PromptSpec(chat_template="{{ messages }} – naïve"),
+            prompt=PromptSpec(chat_template="{{ messages }} naïve"),
         ),
         source=CheckpointSource(kind="local", name="tiny"),
         policy=HolovPolicy(crops=4),

@@ -153,9 +153,9 @@ def test_show_draws_the_rules_side_by_side(bundle: Path, photo: Path, tmp_path: 
     arguments = ["show", str(bundle), str(photo), "--budget", "16", "--side", "160", "-o", str(out)]
     assert run([*arguments, "--methods", "holov,cls-topk,uniform"]) == 0
     drawn = np.asarray(Image.open(out).convert("RGB"), dtype=np.int16)
-    assert drawn.shape == (190, 3 * 160 + 2 * 12, 3)
+    assert drawn.shape == (190, 4 * 160 + 3 * 12, 3)
     coloured = np.abs(drawn - drawn.mean(-1, keepdims=True)).max(-1) > 2
-    for panel in (1, 2):  # without crop borders, only kept tokens have colour
+    for panel in (2, 3):  # without crop borders, only kept tokens have colour
         cells = coloured[30:, panel * 172 : panel * 172 + 160].reshape(8, 20, 8, 20)
         assert (cells.mean((1, 3)) > 0.5).sum() == 16
     assert run([*arguments, "--methods", "holov-paper"]) == 2

@@ -1,4 +1,4 @@
-"""Exports that go wrong: damaged checkpoints, a full disk, a kill at any point. The old bundle stays, or none appears."""
+"""Exports that go wrong: damaged checkpoints, a full disk, a kill at any point. The old bundle or none."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from test_bundle import plan
 
 from holov_export.signature import INPUTS, OUTPUTS, vision_signature
 from holov_export.spec import (
@@ -22,7 +23,6 @@ from holov_export.spec import (
     VisionSpec,
     policy_from_settings,
 )
-from test_bundle import plan
 
 VISION = plan().model.vision
 

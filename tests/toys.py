@@ -149,11 +149,13 @@ class RecitingDecoder:
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
         self.prompts: list[StitchedPrompt] = []
+        self.samplings: list[SamplingSettings] = []
         self.given = 0
         self.closed = False
 
     def stream(self, prompt: StitchedPrompt, sampling: SamplingSettings) -> Iterator[int]:
         self.prompts.append(prompt)
+        self.samplings.append(sampling)
         for token in self.ids[: sampling.max_new_tokens]:
             self.given += 1
             yield token

@@ -42,8 +42,6 @@ VISION_GRAPH = "vision.onnx"
 CONFIG = "genai_config.json"
 #: larger embedding tables go into a file beside the graph; protobuf ends at 2 GB
 EXTERNAL_BYTES = 64 << 20
-#: of those, only tensors above this leave the graph
-SIZE_THRESHOLD = 1 << 20
 PRECISIONS_OF_PROVIDER = {
     "cpu": (DecoderPrecision.FP32, DecoderPrecision.FP16, DecoderPrecision.INT4),
     "cuda": tuple(DecoderPrecision),
@@ -128,6 +126,12 @@ def _write_checkpoint(folder: Path, target: Path, tensors: dict[str, StoredTenso
         raise UnsupportedModelError(
             f"the language model is a '{config.model_type}'.", hint="The embedded decoder is built for LLaMA models."
         )
+    head = config.head_dim or config.hidden_size // config.num_attention_heads
+    if head % 8:  # it builds, and fails at the first token
+        raise UnsupportedModelError(
+            f"the attention heads are {head} wide; ONNX Runtime's GroupQueryAttention takes multiples of 8.",
+            hint="Export without the embedded decoder: --no-decoder",
+        )
     target.mkdir()
     config.architectures = ["LlamaForCausalLM"]
     config.tie_word_embeddings = HEAD not in tensors  # outer and inner configurations disagree; the weights do not
@@ -192,7 +196,6 @@ def _write_embedding_graph(path: Path, table: StoredTensor, image_token_id: int,
     onnx = require("onnx")
     helper = onnx.helper
     values, stored = _stored_table(table, dtype)
-    embed = helper.make_tensor("embed", stored, list(table.shape), values.tobytes(), raw=True)
     nodes = [
         helper.make_node("Gather", ["embed", "input_ids"], ["words_stored"]),
         helper.make_node("Cast", ["words_stored"], ["words"], to=dtype),
@@ -213,12 +216,12 @@ def _write_embedding_graph(path: Path, table: StoredTensor, image_token_id: int,
         ],
         [helper.make_tensor_value_info("inputs_embeds", dtype, ["batch_size", "sequence_length", width])],
         initializer=[
-            embed,
+            _table_tensor(path, values, stored),
             helper.make_tensor("placeholder", onnx.TensorProto.INT64, [], [image_token_id]),
             helper.make_tensor("zero", onnx.TensorProto.INT64, [1], [0]),
         ],
     )
-    _save(path, graph, external=values.nbytes > EXTERNAL_BYTES)
+    _save(path, graph)
 
 
 def _stored_table(table: StoredTensor, dtype: int) -> tuple[npt.NDArray[np.generic], int]:
@@ -235,13 +238,26 @@ def _stored_table(table: StoredTensor, dtype: int) -> tuple[npt.NDArray[np.gener
     return values, types[table.dtype]
 
 
-def _save(path: Path, graph: Any, *, external: bool = False) -> None:
+def _table_tensor(path: Path, values: npt.NDArray[np.generic], dtype: int) -> Any:
+    """The initializer "embed": in the graph, or in a file beside it when it is large."""
+    onnx = require("onnx")
+    if values.nbytes <= EXTERNAL_BYTES:
+        return onnx.helper.make_tensor("embed", dtype, list(values.shape), values.tobytes(), raw=True)
+    data = path.with_name(f"{path.name}.data")
+    values.tofile(data)
+    tensor = onnx.TensorProto(name="embed", data_type=dtype, dims=values.shape)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", data.name), ("offset", "0"), ("length", str(values.nbytes))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def _save(path: Path, graph: Any) -> None:
     onnx = require("onnx")
     opset = onnx.helper.make_opsetid("", 17)
     model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9, producer_name="holov-export")
-    onnx.checker.check_model(model)
-    beside = {"location": f"{path.name}.data", "size_threshold": SIZE_THRESHOLD} if external else {}
-    onnx.save(model, str(path), save_as_external_data=external, **beside)
+    onnx.save(model, str(path))
+    onnx.checker.check_model(str(path))
 
 
 def _patch_config(path: Path, spec: DecoderSpec, provider: str) -> None:

@@ -185,5 +185,5 @@ def check_head_width(tensors: Mapping[str, StoredTensor], vocab_size: int) -> No
             raise UnsupportedModelError(
                 f"'{key}' is as wide as the vocabulary ({vocab_size}): ONNX Runtime GenAI's builder would take it for "
                 "the language model's head.",
-                hint="Export without the embedded decoder: --decoder none",
+                hint="Export without the embedded decoder: --no-decoder",
             )

@@ -89,9 +89,13 @@ def _transposed_initializer(model: ir.Model, source: ir.Value, perm: tuple[int, 
 
 
 def name_weights(model: ir.Model, scopes: dict[int, str]) -> None:
-    """Give each weight of a MatMul the name of its Linear module ("...q_proj.weight"), whatever folding called it."""
+    """Give each weight of a MatMul the name of its Linear module ("...q_proj.weight"), whatever folding called it.
+
+    The feature layer uses its query projection twice, and the exporter's optimizer folds small weights once for each
+    use: the second copy is dropped.
+    """
     graph = model.graph
-    taken = set(graph.initializers)
+    named = dict(graph.initializers)
     for node in graph:
         if node.op_type != "MatMul" or not scopes.get(id(node)):
             continue
@@ -99,9 +103,22 @@ def name_weights(model: ir.Model, scopes: dict[int, str]) -> None:
         if weight is None or weight.name not in graph.initializers:
             continue
         wanted = f"{scopes[id(node)]}.weight"
-        if weight.name != wanted and wanted not in taken:
-            taken.add(wanted)
+        if weight.name == wanted:
+            continue
+        if wanted not in named:
+            named[wanted] = weight
             weight.name = wanted
+        elif _same_values(named[wanted], weight):
+            copy = str(weight.name)
+            ir.convenience.replace_all_uses_with(weight, named[wanted])
+            del graph.initializers[copy]
+
+
+def _same_values(left: ir.Value, right: ir.Value) -> bool:
+    a, b = left.const_value, right.const_value
+    if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return bool(np.array_equal(a.numpy(), b.numpy()))
 
 
 def name_nodes(model: ir.Model, scopes: dict[int, str]) -> None:

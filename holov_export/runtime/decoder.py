@@ -76,6 +76,8 @@ def check_sampling(sampling: SamplingSettings) -> None:
     for name, good, wanted in ranges:
         if not good:
             raise UsageError(f"{name} is {getattr(sampling, name)}, it must be {wanted}.")
+    if isinstance(sampling.stop, str):
+        raise UsageError(f"stop is the string {sampling.stop!r}, it must be a list of strings.")
     if any(not text for text in sampling.stop):
         raise UsageError("a stop string is empty.", hint="It would end every answer before it begins.")
 
@@ -148,7 +150,7 @@ def decoder_maker(
         if bundle.decoder is None:
             raise BundleError(
                 f"the bundle '{bundle.folder.name}' was exported without a decoder.",
-                hint="Export it with one, or choose --decoder hf --checkpoint DIR.",
+                hint="Export it without --no-decoder, or ask with --decoder hf --checkpoint DIR.",
             )
         return GenaiDecoder(bundle.decoder, spec, provider=provider, threads=threads)
 

@@ -38,7 +38,7 @@ class GenaiDecoder:
             EnvironmentFaultError: CUDA was asked for and is not there, or the model does not load here.
         """
         if not (folder / CONFIG).is_file():
-            raise BundleError(f"'{folder}' has no {CONFIG}.", hint="Export the bundle again with --decoder.")
+            raise BundleError(f"'{folder}' has no {CONFIG}.", hint="Export the bundle again, without --no-decoder.")
         require("onnxruntime")  # GenAI ends the whole process when it cannot find ONNX Runtime's library
         self._genai = require("onnxruntime_genai")
         self._spec = spec

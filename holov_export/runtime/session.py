@@ -6,7 +6,7 @@ image --preprocess--> PixelBatch --runner, budget--> VisualTokens --stitch--> St
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -215,7 +215,8 @@ class Session:
         on_text: Callable[[str], None] | None,
     ) -> Generation:
         began = perf_counter()
-        prompt = stitch(self.encoder, text, rows, max_new_tokens=sampling.max_new_tokens)
+        prompt = stitch(self.encoder, text, rows, max_new_tokens=1)
+        sampling = _within_context(sampling, self.encoder.decoder.context - len(prompt))
         stitched = perf_counter()
         answer = _decoded(self.decoder, prompt, sampling, TextStream(self.encoder.tokenizer, sampling.stop), on_text)
         ended = perf_counter()
@@ -286,6 +287,11 @@ def _decoded(
     give(stream.finish())
     reason = "length" if len(ids) >= sampling.max_new_tokens and not stream.stopped else "stop"
     return _Decoded("".join(pieces), tuple(ids), reason, perf_counter() if first is None else first)
+
+
+def _within_context(sampling: SamplingSettings, room: int) -> SamplingSettings:
+    """The same settings with an answer no longer than the context has room for."""
+    return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
 
 
 def _listed(images: Images) -> list[ImageSource]:

@@ -1,4 +1,4 @@
-"""The oracle: every selection rule once more, for one picture, in plain numpy loops that follow the sources line by line.
+"""The oracle: every selection rule once more, for one picture, in plain numpy loops that follow the sources.
 
 Nothing here is fast, nothing here is exported. The torch rules, the ONNX graphs and the engines are compared with it.
 """

@@ -23,6 +23,7 @@ from holov_export.tensors import CropBox, Int64Array
 _DIM = 0.22
 _BORDER = (255, 176, 0)
 _CAPTION = 30
+_GAP = 12
 _FONT = 15
 
 
@@ -76,24 +77,26 @@ def panels_from_bundle(
 def picture_of_panels(
     picture: Image.Image, box: CropBox, panels: Sequence[Panel], grid: tuple[int, int], *, side: int = 480
 ) -> Image.Image:
-    """The original with the seen part outlined is left out on purpose: each panel shows the seen part itself.
+    """The part of the picture that the tower sees, plain and then once for each rule, with captions.
 
     Args:
         picture: upright RGB. box: the part that the tower sees. grid: (rows, columns) of tokens.
         side: pixels of the longer side of a panel.
 
     Returns:
-        the panels side by side, each with a caption.
+        the panels side by side.
     """
     seen = _seen_part(picture, box, side)
-    gap = 12
-    canvas = Image.new("RGB", (len(panels) * (seen.width + gap) - gap, seen.height + _CAPTION), (24, 24, 24))
-    for index, panel in enumerate(panels):
-        left = index * (seen.width + gap)
-        canvas.paste(_lit(seen, panel, grid), (left, _CAPTION))
+    total = grid[0] * grid[1]
+    drawn = [(f"what the tower sees: {total} tokens", seen)]
+    for panel in panels:
         zeros = f", {panel.zero_rows} zero rows" if panel.zero_rows else ""
-        total = grid[0] * grid[1]
         caption = f"{panel.policy.method}: {len(panel.positions)} of {total}{zeros}"
+        drawn.append((caption, _lit(seen, panel, grid)))
+    canvas = Image.new("RGB", (len(drawn) * (seen.width + _GAP) - _GAP, seen.height + _CAPTION), (24, 24, 24))
+    for index, (caption, image) in enumerate(drawn):
+        left = index * (seen.width + _GAP)
+        canvas.paste(image, (left, _CAPTION))
         ImageDraw.Draw(canvas).text((left + 4, 6), caption, fill=(235, 235, 235), font=_font())
     return canvas
 

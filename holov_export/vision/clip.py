@@ -62,6 +62,8 @@ class ClipAttention(nn.Module):
 
 
 class ClipMlp(nn.Module):
+    """[.., E] -> [.., E]."""
+
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
         self.activation = spec.activation

@@ -211,7 +211,6 @@ def test_large_tables_lie_beside_the_graph(
     genai_folder: Path, llava_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoder_onnx, "EXTERNAL_BYTES", 1000)
-    monkeypatch.setattr(decoder_onnx, "SIZE_THRESHOLD", 1000)
     path = tmp_path / "embedding.onnx"
     decoder_onnx._write_embedding_graph(path, language_tensors(llava_checkpoint)[EMBEDDING], 3, onnx.TensorProto.FLOAT)
     assert path.stat().st_size < 5000
@@ -298,6 +297,13 @@ def test_another_architecture(llava_checkpoint: Path, llava_spec: ModelSpec, tmp
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match="language model is a 'gemma'"):
         decoder_from_checkpoint(tmp_path / "other", tmp_path / "d", llava_spec.decoder, DecoderPrecision.FP32)
+
+
+def test_attention_heads_that_onnxruntime_does_not_take(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "narrow", TinyLlava(width=120, layers=1))
+    model = spec_from_checkpoint(checkpoint, "narrow")
+    with pytest.raises(UnsupportedModelError, match="heads are 20 wide"):
+        decoder_from_checkpoint(checkpoint, tmp_path / "decoder", model.decoder, DecoderPrecision.FP32)
 
 
 def test_failing_builder_is_quoted(

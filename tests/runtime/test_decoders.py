@@ -206,6 +206,8 @@ def test_sampling_outside_its_ranges(decoder: Decoder, settings: dict[str, float
 def test_empty_stop_string() -> None:
     with pytest.raises(UsageError, match="stop string is empty"):
         check_sampling(SamplingSettings(stop=("a", "")))
+    with pytest.raises(UsageError, match="must be a list of strings"):
+        check_sampling(SamplingSettings(stop="end"))
 
 
 def test_cuda_that_is_not_there(llava_checkpoint: Path, genai_folder: Path, llava_spec: ModelSpec) -> None:

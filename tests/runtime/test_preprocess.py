@@ -141,6 +141,7 @@ def test_exif_rotation_is_applied(orientation: int) -> None:
     assert pixels_from_images([stream.getvalue()], SPEC).sizes == (upright.size,)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01", b"Exif\0\0MM\0*\0\0\0\x08"]
 )

@@ -222,6 +222,13 @@ def test_timings(session: Session, photographs: list[Image.Image]) -> None:
 # ------------------------------------------------------------------------------------------------------ refusals
 
 
+def test_an_answer_ends_where_the_context_ends(toy_bundle: Bundle, photographs: list[Image.Image]) -> None:
+    session, decoder = reciting(toy_bundle, "yes")
+    session.ask(photographs[0], "a?", sampling=SamplingSettings(max_new_tokens=10_000))
+    asked = decoder.samplings[-1]
+    assert asked.max_new_tokens == 512 - len(decoder.prompts[-1])
+
+
 def test_refusals_pass_through(toy_bundle: Bundle, photographs: list[Image.Image], tmp_path: Path) -> None:
     session, decoder = reciting(toy_bundle, "yes")
     photo = photographs[0]
@@ -236,7 +243,7 @@ def test_refusals_pass_through(toy_bundle: Bundle, photographs: list[Image.Image
     with pytest.raises(PromptError, match="2 placeholders and 1 image"):
         session.ask(photo, "<image> or <image>?")
     with pytest.raises(PromptError, match="context of 512"):
-        session.ask(photo, "a?", sampling=SamplingSettings(max_new_tokens=500))
+        session.ask(photo, "a? " * 300)
     with pytest.raises(UsageError, match="temperature"):
         session.ask(photo, "a?", sampling=SamplingSettings(temperature=-1))
     with pytest.raises(PromptError, match="1 prompts and images for 2"):

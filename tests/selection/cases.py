@@ -54,7 +54,9 @@ def kept(policy: SelectionPolicy, saliency: Floats, quota: npt.ArrayLike, grid: 
     """int64 [B, N]: the torch rule's positions; its counts must be the quotas."""
     asked = torch.as_tensor(np.asarray(quota, dtype=np.int64))
     with torch.no_grad():
-        positions, counts = rule_from_policy(policy, grid)(torch.from_numpy(saliency), torch.from_numpy(features), asked)
+        positions, counts = rule_from_policy(policy, grid)(
+            torch.from_numpy(saliency), torch.from_numpy(features), asked
+        )
     assert positions.dtype == counts.dtype == torch.int64
     assert positions.shape == saliency.shape
     assert torch.equal(counts, asked)
@@ -119,7 +121,7 @@ def _paper_hangs(policy: HolovPaperPolicy, saliency: Floats, quota: int, grid: G
     surplus, pull = (np.floor(weights * quota) - shares).sum(), weights * (sizes - shares)
     extra = surplus * pull / max(pull.sum(), 1e-12)
     close = any(_nearly_equal(score) for score in [*scores, weights])
-    return close or len(crops) > 1 and (_near_whole(weights * quota) or _near_whole(extra))
+    return close or (len(crops) > 1 and (_near_whole(weights * quota) or _near_whole(extra)))
 
 
 def _holistic(attention: npt.NDArray[np.float64], rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

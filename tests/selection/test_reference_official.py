@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-
 from cases import Floats, realistic
+
 from holov_export.selection.reference import positions_of
 from holov_export.selection.registry import rule_from_policy
 from holov_export.spec import HolovOfficialPolicy
@@ -119,7 +119,7 @@ def test_zero_rows_do_occur() -> None:
 
 
 def test_the_term_cancels_only_where_rows_are_similar() -> None:
-    """The limit of "features do not matter": crops whose rows are all orthogonal lose the term, up to 9 % of a score."""
+    """Crops whose rows are all orthogonal lose the term, up to 9 % of a score: there features would matter."""
     attention = np.full(8, 1 / 8)
     attention[:4] *= 0.95
     alike, orthogonal = np.ones((4, 8)), np.eye(8)[:4]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cases import GRIDS, NAMES, POLICIES, Floats, Grid, batches, features_of, hangs_on_rounding, kept, realistic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cases import GRIDS, NAMES, POLICIES, Floats, Grid, batches, features_of, hangs_on_rounding, kept, realistic
 from holov_export.selection.geometry import crops_of_grid, tiles_of
 from holov_export.selection.reference import official_quotas, paper_quotas, positions_of, uniform_positions
 from holov_export.spec import (
