@@ -10,6 +10,10 @@ Five ways to turn pictures into visual tokens, all in one process, rounds interl
     plain ORT     the same exporter, all 576 tokens through the last kept layer and the projector, no selection
 
 Before anything is timed, the outputs are checked against each other.
+
+Ratios between torch and torch hang on torch's matrix multiplication: the faster it is, the more the attention maps of
+the official way weigh. MKL uses AVX-512 on Intel processors only. On an AMD processor that has it, a preloaded library
+with the one line `int mkl_serv_intel_cpu_true(void) { return 1; }` doubles MKL's speed; `--note` records such a setting.
 """
 
 from __future__ import annotations
@@ -391,6 +395,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24, help="layers of the tower, fewer for a quick run (24)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="pictures in a batch (1 4)")
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 192], help="tokens kept (64 192)")
+    parser.add_argument("--note", default="", help="what is special about this run; kept in the result")
     parser.add_argument("--json", type=Path, help="write the result here as well")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
@@ -413,7 +418,7 @@ def main() -> None:
             show(batch, rows, ratios)
             result["batches"][str(batch)] = {"repeats": repeats, "times": rows, "ratios": ratios, "checks": checks}
     if options.json:
-        write_result(options.json, result)
+        write_result(options.json, {"note": options.note, **result} if options.note else result)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,20 @@ def test_a_full_disk_leaves_the_old_bundle(
     assert left_behind(tmp_path) == ["bundle"]
 
 
+def test_a_full_disk_while_weights_are_written(
+    llava_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numpy's tofile, which writes them, raises an OSError without a number."""
+
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError("19456 requested and 0 written")
+
+    monkeypatch.setattr("holov_export.export.onnx_from_graph.ir.save", full)
+    with pytest.raises(StorageError, match="disk is full"):
+        export_bundle(request(llava_checkpoint, tmp_path / "out" / "bundle"))
+    assert left_behind(tmp_path / "out") == []
+
+
 def test_something_else_at_the_output_is_never_touched(llava_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "precious"
     out.mkdir()

@@ -12,6 +12,7 @@ written for both. A bf16 graph has no CPU kernels. `PRECISIONS_OF_PROVIDER` says
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -72,6 +73,7 @@ def decoder_from_checkpoint(
         CheckpointError: the checkpoint lacks the language model or is damaged.
         UnsupportedModelError: another architecture, or one that the builder would get wrong.
         CheckFailedError: the builder failed; the message ends with the last lines of its output.
+        OSError: the disk is full.
     """
     check_precision(precision, provider)
     tensors = language_tensors(folder)
@@ -157,6 +159,8 @@ def _run_builder(source: Path, out: Path, cache: Path, precision: DecoderPrecisi
     )
     if run.returncode != 0 or not (out / "model.onnx").is_file():
         lines = [part for part in (run.stdout + run.stderr).splitlines() if part.strip()]
+        if any(os.strerror(errno.ENOSPC) in line for line in lines):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         tail = "\n".join(lines[-12:])
         raise CheckFailedError(
             f"ONNX Runtime GenAI's builder failed (exit status {run.returncode}). It ended with:\n{tail}\n"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +65,12 @@ def signature_of(plan: ExportPlan) -> tuple[tuple[TensorSpec, ...], tuple[Tensor
 def save_vision(model: ir.Model, folder: Path) -> Path:
     """Write `vision.onnx` and `vision.onnx.data` into `folder`."""
     path = folder / VISION
-    ir.save(model, path, external_data=f"{VISION}.data")
+    try:
+        ir.save(model, path, external_data=f"{VISION}.data")
+    except OSError as error:
+        if error.errno is None:  # numpy's tofile forgets the number; a write that stops half-way is a full disk
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
     return path
 
 
