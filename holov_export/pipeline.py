@@ -5,6 +5,7 @@ Knows nothing of terminals: progress goes to a callback, results are returned.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -75,14 +76,14 @@ def silent(message: str) -> None:
     """A `Tell` that says nothing."""
 
 
-def plan_from_request(request: ExportRequest, *, weights: bool = False) -> tuple[ExportPlan, Checkpoint, Path]:
-    """Resolve everything an export will do; fetches configuration files only, unless `weights`.
+def plan_from_request(request: ExportRequest) -> tuple[ExportPlan, Path]:
+    """Resolve everything an export will do, and refuse what it would refuse; fetches configuration files only.
 
     Returns:
-        (plan, checkpoint, absolute output folder).
+        (plan, absolute output folder).
 
     Raises:
-        UsageError, EnvironmentFaultError: see `catalog` and `export.checkpoint`.
+        UsageError, EnvironmentFaultError: see `catalog`, `export.checkpoint` and `bundle.check_target`.
     """
     from holov_export.export.checkpoint import config_sha256, spec_from_checkpoint
     from holov_export.export.decoder_onnx import check_precision
@@ -90,7 +91,7 @@ def plan_from_request(request: ExportRequest, *, weights: bool = False) -> tuple
     if request.decoder is not None:
         check_precision(request.decoder, request.decoder_provider)
     reference = reference_from_name(request.model)
-    checkpoint = checkpoint_from_reference(reference, weights=weights)
+    checkpoint = checkpoint_from_reference(reference, weights=False)
     spec = spec_from_checkpoint(checkpoint.folder, reference.label)
     source = CheckpointSource(
         kind=checkpoint.source.kind,
@@ -108,7 +109,8 @@ def plan_from_request(request: ExportRequest, *, weights: bool = False) -> tuple
         opset=OPSETS[request.precision],
     )
     output = request.output or Path(f"{spec.name}-{request.policy.method}-{request.precision.value}")
-    return plan, checkpoint, output.absolute()
+    check_target(output.absolute(), overwrite=request.overwrite)
+    return plan, output.absolute()
 
 
 def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundle, ParityReport | None]:
@@ -121,8 +123,8 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
         HolovExportError: see `errors`; ParityError if the exported graph differs from torch or the reference.
     """
     tell("resolve the checkpoint")
-    plan, checkpoint, output = plan_from_request(request, weights=True)
-    check_target(output, overwrite=request.overwrite)
+    plan, output = plan_from_request(request)
+    checkpoint = checkpoint_from_reference(reference_from_name(request.model))
     with atomic_folder(output, overwrite=request.overwrite) as work:
         tell(f"export the vision graph ({plan.precision.value}, {plan.policy.method})")
         _write_vision(plan, checkpoint, work)
@@ -164,7 +166,7 @@ def verify_vision(
 
 
 def refuse_if_failed(report: ParityReport) -> None:
-    """Raise ParityError naming the worst comparison of a report that did not pass."""
+    """Raise ParityError naming the first comparison that did not pass, or that the graph was not compared at all."""
     for comparison in report.comparisons:
         if not comparison.passed:
             raise ParityError(
@@ -173,6 +175,8 @@ def refuse_if_failed(report: ParityReport) -> None:
                 f"saliency error {comparison.saliency_error or 0.0:.2e}.",
                 hint="The bundle was not accepted; --no-verify writes it nevertheless.",
             )
+    if not report.passed:
+        raise ParityError("the vision graph was not compared with anything.", hint="; ".join(report.skipped))
 
 
 def _write_vision(plan: ExportPlan, checkpoint: Checkpoint, work: Path) -> None:
@@ -183,6 +187,8 @@ def _write_vision(plan: ExportPlan, checkpoint: Checkpoint, work: Path) -> None:
     with SafetensorsReader(checkpoint.folder) as reader:
         module = vision_from_checkpoint(plan.model, plan.policy, reader, plan.precision)
     save_vision(onnx_from_graph(module, plan), work)
+    del module
+    gc.collect()  # the exporter's graphs refer to each other and hold the weights until then
 
 
 def _write_decoder(plan: ExportPlan, checkpoint: Checkpoint, work: Path) -> None:

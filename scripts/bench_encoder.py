@@ -13,7 +13,7 @@ Before anything is timed, the outputs are checked against each other.
 
 Ratios between torch and torch hang on torch's matrix multiplication: the faster it is, the more the attention maps of
 the official way weigh. MKL uses AVX-512 on Intel processors only. On an AMD processor that has it, a preloaded library
-with the one line `int mkl_serv_intel_cpu_true(void) { return 1; }` doubles MKL's speed; `--note` records such a setting.
+with the line `int mkl_serv_intel_cpu_true(void) { return 1; }` doubles MKL's speed; `--note` records such a setting.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ WIDTH = 4096
 PEAKINESS = 10.0
 OFFICIAL, PLAIN_TORCH, PLAIN_ORT = "official", "plain torch", "plain ORT"
 OURS_TORCH, OURS_ORT = "ours torch", "ours ORT"
+WAYS = (OFFICIAL, PLAIN_TORCH, OURS_TORCH, OURS_ORT, PLAIN_ORT)
 
 
 def spec_of_size(layers: int) -> ModelSpec:
@@ -334,16 +335,20 @@ class Samples:
         return {
             "cpu_ms": round(statistics.median(self.cpu) * 1e3, 3),
             "wall_ms": round(statistics.median(self.wall) * 1e3, 3),
+            "cpu_ms_least": round(min(self.cpu) * 1e3, 3),
             "cpu_ms_all": [round(value * 1e3, 3) for value in self.cpu],
         }
 
 
-def measure(ways: Contestants, pixels: Tensor, budgets: list[int], repeats: int) -> dict[str, dict[str, Any]]:
+def measure(
+    ways: Contestants, wanted: list[str], pixels: Tensor, budgets: list[int], repeats: int
+) -> dict[str, dict[str, Any]]:
     """Interleaved rounds: one run of each way after the other, the order turned by one every round."""
     pruned = [(name, budget) for budget in budgets for name in (OFFICIAL, OURS_TORCH, OURS_ORT)]
     entries = [*pruned, (PLAIN_TORCH, ways.spec.vision.tokens), (PLAIN_ORT, ways.spec.vision.tokens)]
+    entries = [entry for entry in entries if entry[0] in wanted]
     samples = {entry: Samples() for entry in entries}
-    rules = {(name, budget): Samples() for name in (OURS_TORCH, OURS_ORT) for budget in budgets}
+    rules = {(name, budget): Samples() for name in (OURS_TORCH, OURS_ORT) for budget in budgets if name in wanted}
     saliency = ways.run(OURS_TORCH, pixels, budgets[0])[3]
     for round_number in range(repeats):
         turn = round_number % len(entries)
@@ -359,19 +364,18 @@ def measure(ways: Contestants, pixels: Tensor, budgets: list[int], repeats: int)
 
 
 def ratios_of(rows: dict[str, dict[str, Any]], budgets: list[int], tokens: int) -> dict[str, float]:
-    """What the rows mean; ratios are of medians of CPU time."""
+    """Ratios of medians of CPU time, of those ways that ran."""
     cpu = {name: row["cpu_ms"] for name, row in rows.items()}
-    plain_torch, plain_ort = cpu[f"{PLAIN_TORCH} K={tokens}"], cpu[f"{PLAIN_ORT} K={tokens}"]
-    found = {}
-    for budget in budgets:
-        torch_ms, ort_ms = cpu[f"{OURS_TORCH} K={budget}"], cpu[f"{OURS_ORT} K={budget}"]
-        found[f"official / ours torch, K={budget}"] = cpu[f"{OFFICIAL} K={budget}"] / torch_ms
-        found[f"official / ours ORT, K={budget}"] = cpu[f"{OFFICIAL} K={budget}"] / ort_ms
-        found[f"ours torch / plain torch, K={budget}"] = torch_ms / plain_torch
-        found[f"ours ORT / plain ORT, K={budget}"] = ort_ms / plain_ort
-        found[f"selection share of ours torch, K={budget}"] = cpu[f"rule only, {OURS_TORCH} K={budget}"] / torch_ms
-        found[f"selection share of ours ORT, K={budget}"] = cpu[f"rule only, {OURS_ORT} K={budget}"] / ort_ms
-    return {name: round(value, 5) for name, value in found.items()}
+    wanted = {}
+    for k in budgets:
+        ours_torch, ours_ort = f"{OURS_TORCH} K={k}", f"{OURS_ORT} K={k}"
+        wanted[f"official / ours torch, K={k}"] = (f"{OFFICIAL} K={k}", ours_torch)
+        wanted[f"official / ours ORT, K={k}"] = (f"{OFFICIAL} K={k}", ours_ort)
+        wanted[f"ours torch / plain torch, K={k}"] = (ours_torch, f"{PLAIN_TORCH} K={tokens}")
+        wanted[f"ours ORT / plain ORT, K={k}"] = (ours_ort, f"{PLAIN_ORT} K={tokens}")
+        wanted[f"selection share of ours torch, K={k}"] = (f"rule only, {ours_torch}", ours_torch)
+        wanted[f"selection share of ours ORT, K={k}"] = (f"rule only, {ours_ort}", ours_ort)
+    return {name: round(cpu[a] / cpu[b], 5) for name, (a, b) in wanted.items() if a in cpu and b in cpu}
 
 
 def show(batch: int, rows: dict[str, dict[str, Any]], ratios: dict[str, float]) -> None:
@@ -395,6 +399,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24, help="layers of the tower, fewer for a quick run (24)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="pictures in a batch (1 4)")
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 192], help="tokens kept (64 192)")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="(all)")
     parser.add_argument("--note", default="", help="what is special about this run; kept in the result")
     parser.add_argument("--json", type=Path, help="write the result here as well")
     options = parser.parse_args()
@@ -413,7 +418,7 @@ def main() -> None:
             side = spec.vision.image_size
             pixels = torch.randn(batch, spec.vision.channels, side, side, generator=generator)
             checks = {str(budget): check_outputs(ways, pixels, budget) for budget in options.budgets}
-            rows = measure(ways, pixels, options.budgets, repeats)
+            rows = measure(ways, options.ways, pixels, options.budgets, repeats)
             ratios = ratios_of(rows, options.budgets, spec.vision.tokens)
             show(batch, rows, ratios)
             result["batches"][str(batch)] = {"repeats": repeats, "times": rows, "ratios": ratios, "checks": checks}

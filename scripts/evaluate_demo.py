@@ -5,7 +5,7 @@
 
 Exports one bundle a rule into a temporary folder (vision float32, decoder float32), draws held-out scenes (digits and
 photograph regions that training never saw) and asks every question through `Session`: ONNX Runtime and GenAI, greedy.
-The random control is averaged over three seeds. Intervals are 95 %, bootstrapped over scenes.
+The random control runs with three seeds. Intervals are 95 %, bootstrapped over scenes.
 """
 
 from __future__ import annotations

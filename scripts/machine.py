@@ -40,7 +40,7 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 def command() -> str:
     """The command line without absolute paths."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return " ".join([f"scripts/{Path(sys.argv[0]).stem}", *words])
+    return " ".join([f"scripts/{Path(sys.argv[0]).name}", *words])
 
 
 def one_line() -> str:

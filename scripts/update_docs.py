@@ -50,7 +50,19 @@ def documents() -> dict[Path, str]:
 
 def blocks() -> dict[str, str]:
     """README block name -> Markdown."""
-    return {"methods": methods_table(), "demo-answers": answers_table(), "encoder": encoder_table()}
+    return {
+        "demo-output": demo_output(),
+        "methods": methods_table(),
+        "demo-answers": answers_table(),
+        "encoder": encoder_table(),
+        "prefill": prefill_table(),
+        "true-size": true_size_table(),
+    }
+
+
+def demo_output() -> str:
+    """What `./scripts/demo` printed in a fresh clone (it writes `transcript.txt` beside its bundle)."""
+    return f"```\n{(RESULTS / 'demo-transcript.txt').read_text(encoding='utf-8').strip()}\n```"
 
 
 def replaced(text: str, name: str, block: str) -> str:
@@ -130,6 +142,45 @@ def encoder_table() -> str:
         f"CLIP ViT-L/14-336 and LLaVA-1.5-7B's projector, random weights, {result['threads']} thread on a "
         f"{result['machine']['cpu']}, medians of interleaved runs, {result['date'][:10]} (`scripts/bench_encoder`). The "
         "official way is eager attention with all maps returned, the projector on all 576 tokens and the published loop."
+    )
+    if result.get("note"):
+        note += f" Note: {result['note']}."
+    return "\n".join([*lines, "", note])
+
+
+def prefill_table() -> str:
+    """Times of scripts/bench_prefill: time to the decoder's first token by visual tokens in the prompt."""
+    result = read("prefill-cpu.json")
+    precisions = result["precisions"]
+    counts = list(next(iter(precisions.values()))["times"])
+    lines = ["| decoder | " + " | ".join(f"{count} visual tokens" for count in counts) + " |"]
+    lines.append("|---|" + "---|" * len(counts))
+    for precision, found in precisions.items():
+        times, ratios = found["times"], found["ttft_ratios"]
+        cells = [f"{times[count]['ttft_ms']:.0f} ms ({ratios[count]:.1f}x)" for count in counts]
+        lines.append(f"| {precision} | " + " | ".join(cells) + " |")
+    note = (
+        f"A random LLaMA of {result['layers']} layers and width {result['width']} in ONNX Runtime GenAI, "
+        f"{result['threads']} threads on a {result['machine']['cpu']}, medians of {result['repeats']} interleaved runs, "
+        f"{result['date'][:10]} (`scripts/bench_prefill`)."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def true_size_table() -> str:
+    """Time and memory of exporting the vision graph of a checkpoint of LLaVA-1.5-7B's size."""
+    result = read("true-size-export.json")
+    names = {"cli": "`--no-verify`", "cli-verified": "with the parity check"}
+    lines = ["| export | precision | seconds | peak memory | read from the checkpoint |", "|---|---|---|---|---|"]
+    for row in result["exports"]:
+        if row["route"] in names:
+            peak, disk = row["peak_rss_bytes"] / 1e9, row["disk_bytes_read"] / 1e9
+            lines.append(
+                f"| {names[row['route']]} | {row['precision']} | {row['seconds']:.0f} | {peak:.2f} GB | {disk:.2f} GB |"
+            )
+    note = (
+        f"Vision graph of a {result['checkpoint_apparent_bytes'] / 1e9:.1f} GB directory with random weights on a "
+        f"{result['machine']['cpu']}, {result['date'][:10]} (`scripts/check_true_size`)."
     )
     return "\n".join([*lines, "", note])
 

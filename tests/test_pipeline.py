@@ -15,9 +15,11 @@ import pytest
 
 from holov_export import pipeline
 from holov_export.bundle import open_bundle
+from holov_export.catalog import Checkpoint, ModelReference
 from holov_export.errors import BundleError, CheckpointError, ParityError, StorageError, UnsupportedModelError
 from holov_export.pipeline import ExportRequest, export_bundle
-from holov_export.spec import ClsTopkPolicy, DecoderPrecision, HolovPolicy, Precision, SelectionPolicy
+from holov_export.spec import ClsTopkPolicy, HolovPaperPolicy, HolovPolicy, Precision, SelectionPolicy
+from holov_export.verify.parity import TOLERANCES
 
 HOLOV = HolovPolicy()
 
@@ -211,27 +213,45 @@ def old_bundle(llava_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
-def test_lower_precisions(llava_checkpoint: Path, tmp_path: Path, precision: Precision) -> None:
+def test_lower_precisions_are_run_and_compared(llava_checkpoint: Path, tmp_path: Path, precision: Precision) -> None:
     out = tmp_path / precision.value
     bundle, report = export_bundle(ExportRequest(str(llava_checkpoint), HOLOV, precision, None, out))
-    assert report is not None
-    assert report.passed
     assert bundle.manifest.inputs[0].dtype == precision.dtype
     assert bundle.manifest.plan.opset == (22 if precision is Precision.BF16 else 18)
-    if precision is Precision.BF16:
-        assert any("bf16" in reason for reason in report.skipped)
+    assert report is not None
+    graph = "onnxruntime, widened" if precision is Precision.BF16 else "onnxruntime"
+    pairs = [(item.left, item.right) for item in report.comparisons]
+    assert pairs == [(graph, "reference"), (graph, "torch fp32")] * 3
+    errors = [item.token_error for item in report.comparisons if item.right == "torch fp32"]
+    assert 1e-6 < max(errors) < TOLERANCES[precision].tokens
+    assert left_behind(tmp_path) == [precision.value]
 
 
-@pytest.mark.parametrize("precision", [DecoderPrecision.INT4])
-def test_a_quantized_decoder_answers(
-    llava_checkpoint: Path, tmp_path: Path, precision: DecoderPrecision, photographs: list[object]
+def test_a_rule_that_reads_features_is_compared_with_its_reference(llava_checkpoint: Path, tmp_path: Path) -> None:
+    _, report = export_bundle(request(llava_checkpoint, tmp_path / "bundle", HolovPaperPolicy(crops=4)))
+    assert report is not None
+    assert [(item.left, item.right) for item in report.comparisons] == [
+        ("onnxruntime", "torch fp32"),
+        ("torch fp32", "reference"),
+    ] * 3
+    assert not report.skipped
+
+
+def test_nothing_is_fetched_before_the_request_is_refused(
+    llava_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from holov_export import Session
-    from holov_export.tensors import SamplingSettings
+    """An output that exists is refused with the configuration files alone."""
+    asked: list[bool] = []
+    original = pipeline.checkpoint_from_reference
 
+    def counted(reference: ModelReference, *, weights: bool = True) -> Checkpoint:
+        asked.append(weights)
+        return original(reference, weights=weights)
+
+    monkeypatch.setattr(pipeline, "checkpoint_from_reference", counted)
     out = tmp_path / "bundle"
-    export_bundle(ExportRequest(str(llava_checkpoint), HOLOV, Precision.FP32, precision, out))
-    with Session.open(out, provider="cpu") as session:
-        answer = session.ask(photographs[0], "what is shown?", sampling=SamplingSettings(max_new_tokens=4))  # type: ignore[arg-type]
-    assert 0 <= len(answer.token_ids) <= 4
-    assert answer.visual_tokens == (7,)
+    out.mkdir()
+    (out / "something").touch()
+    with pytest.raises(BundleError):
+        export_bundle(request(llava_checkpoint, out))
+    assert asked == [False]

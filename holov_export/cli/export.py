@@ -69,7 +69,7 @@ def export(
         decoder_provider=decoder_provider,
     )
     if dry_run:
-        plan, _, target = plan_from_request(request)
+        plan, target = plan_from_request(request)
         _print_plan(plan, target, as_json)
         return
     with progress() as tell:

@@ -74,6 +74,31 @@ def save_vision(model: ir.Model, folder: Path) -> Path:
     return path
 
 
+def write_widened(source: Path, folder: Path) -> Path:
+    """Write a bfloat16 graph again with float32 in place of bfloat16, weights unchanged in value.
+
+    ONNX Runtime has no bfloat16 convolution for the CPU; this is the same graph with wider arithmetic, so that its
+    nodes and weights can be checked where it cannot run itself.
+    """
+    model = ir.load(source)
+    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    for value in model.graph.initializers.values():
+        if value.dtype == narrow and value.const_value is not None:
+            value.const_value = ir.Tensor(value.const_value.numpy().astype("float32"), name=value.name)
+            value.type = ir.TensorType(wide)
+    for node in model.graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == narrow:
+            node.attributes["to"] = ir.AttrInt64("to", wide)
+        value_attribute = node.attributes.get("value")
+        if node.op_type == "Constant" and value_attribute is not None and value_attribute.as_tensor().dtype == narrow:
+            tensor = ir.Tensor(value_attribute.as_tensor().numpy().astype("float32"))
+            node.attributes["value"] = ir.AttrTensor("value", tensor)
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.dtype == narrow:
+            value.type = ir.TensorType(wide)
+    return save_vision(model, folder)
+
+
 def graph_tensors(specs: tuple[TensorSpec, ...]) -> tuple[GraphTensor, ...]:
     """Signature entries as the manifest stores them."""
     return tuple(GraphTensor(name=spec.name, dtype=spec.dtype, shape=spec.shape) for spec in specs)

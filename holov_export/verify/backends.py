@@ -9,8 +9,8 @@ import numpy as np
 
 from holov_export.extras import require
 from holov_export.selection.reference import positions_of
-from holov_export.spec import ExportPlan, FeatureSource, ModelSpec, Precision
-from holov_export.tensors import PixelBatch, VisualTokens
+from holov_export.spec import ExportPlan, ModelSpec, Precision
+from holov_export.tensors import FloatArray, PixelBatch, VisualTokens
 from holov_export.verify.parity import positions_only
 
 if TYPE_CHECKING:
@@ -30,12 +30,24 @@ def tokens_from_torch(module: LlavaVision, pixels: PixelBatch, budget: int, quot
     return VisualTokens(tokens.float().numpy(), positions.numpy(), counts.numpy(), saliency.numpy())
 
 
-def tokens_from_reference(plan: ExportPlan, seen: VisualTokens, budget: int, quota: list[int]) -> VisualTokens | None:
-    """What the reference loops keep, given another back end's saliency. None for rules that read features."""
-    if plan.policy.features is not FeatureSource.NONE or seen.saliency is None:
-        return None
-    grid = plan.model.vision.grid
-    kept = [positions_of(plan.policy, seen.saliency[image], quota[image], grid) for image in range(len(seen))]
+def tokens_from_reference(
+    plan: ExportPlan, seen: VisualTokens, budget: int, quota: list[int], features: FloatArray | None = None
+) -> VisualTokens:
+    """What the reference loops keep, given another back end's saliency (and [B, N, D] features, if the rule reads any).
+
+    Positions only: the result's `tokens` have width 0.
+    """
+    assert seen.saliency is not None  # every comparison asks for it
+    kept = [
+        positions_of(
+            plan.policy,
+            seen.saliency[image],
+            quota[image],
+            plan.model.vision.grid,
+            None if features is None else features[image],
+        )
+        for image in range(len(seen))
+    ]
     return positions_only(kept, budget)
 
 

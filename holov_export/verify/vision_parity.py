@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from holov_export.extras import is_installed
 from holov_export.runtime.preprocess import pixels_from_images
 from holov_export.runtime.runner_ort import OrtRunner
 from holov_export.spec import FeatureSource, Precision
-from holov_export.tensors import PixelBatch, VisualTokens
+from holov_export.tensors import FloatArray, PixelBatch, VisualTokens
 from holov_export.verify.backends import (
     CPU_PRECISIONS,
     TransformersVision,
@@ -50,32 +51,27 @@ def parity_report(
     skipped: list[str] = []
     cases = list(_cases(bundle, pictures, budgets))
     torch_side: list[VisualTokens] = []
+    features: FloatArray | None = None
     transformers_side: list[VisualTokens] = []
     if checkpoint is None or not is_installed("torch"):
         skipped.append("torch and transformers: no checkpoint at hand, or the 'export' extra is not installed")
     else:
         tell("torch")
-        torch_side = _run_torch(bundle, checkpoint, cases)
+        torch_side, features = _run_torch(bundle, checkpoint, cases)
         if with_transformers:
             tell("transformers")
-            reference_tower = TransformersVision(checkpoint, plan.model)
-            transformers_side = [reference_tower.run(pixels) for pixels, _, _ in cases]
-            del reference_tower
-            gc.collect()
-    ort_side: list[VisualTokens] = []
-    if plan.precision in CPU_PRECISIONS:
-        tell("ONNX Runtime")
-        with OrtRunner(bundle, provider="cpu") as runner:
-            ort_side = [runner.run(pixels, budget, quota, saliency=True) for pixels, budget, quota in cases]
-    else:
-        skipped.append(f"ONNX Runtime: its CPU provider has no {plan.precision.value} convolution")
+            transformers_side = _run_transformers(bundle, checkpoint, cases)
+    tell("ONNX Runtime")
+    graph, ort_side = _run_graph(bundle, cases)
     comparisons = [
         comparison
         for index, case in enumerate(cases)
         for comparison in _compare_case(
-            bundle, case, _at(torch_side, index), _at(transformers_side, index), _at(ort_side, index)
+            bundle, graph, case, ort_side[index], _at(torch_side, index), features, _at(transformers_side, index)
         )
     ]
+    if plan.policy.features is not FeatureSource.NONE and features is None:
+        skipped.append(f"the reference: '{plan.policy.method}' reads features, which only torch gives")
     return ParityReport(
         precision=plan.precision,
         method=plan.policy.method,
@@ -93,7 +89,30 @@ def _cases(bundle: Bundle, pictures: Pictures, budgets: Sequence[int]) -> Iterat
         yield pixels, budget, [max(1, budget - index * budget // (2 * steps)) for index in range(len(pictures))]
 
 
-def _run_torch(bundle: Bundle, checkpoint: Path, cases: Sequence[Case]) -> list[VisualTokens]:
+def _run_graph(bundle: Bundle, cases: Sequence[Case]) -> tuple[str, list[VisualTokens]]:
+    """(name of the back end, results) of the bundle's own graph; a bfloat16 one is widened to float32 first."""
+    if bundle.manifest.plan.precision in CPU_PRECISIONS:
+        return "onnxruntime", _run_ort(bundle, cases)
+    from holov_export.export.onnx_from_graph import write_widened
+
+    inputs = tuple(
+        item.model_copy(update={"dtype": "float32"}) if item.dtype == "bfloat16" else item
+        for item in bundle.manifest.inputs
+    )
+    # beside the bundle: /tmp is often memory
+    with tempfile.TemporaryDirectory(prefix=".widened-", dir=bundle.folder.parent) as work:
+        write_widened(bundle.vision, Path(work))
+        widened = Bundle(Path(work), bundle.manifest.model_copy(update={"inputs": inputs}))
+        return "onnxruntime, widened", _run_ort(widened, cases)
+
+
+def _run_ort(bundle: Bundle, cases: Sequence[Case]) -> list[VisualTokens]:
+    with OrtRunner(bundle, provider="cpu") as runner:
+        return [runner.run(pixels, budget, quota, saliency=True) for pixels, budget, quota in cases]
+
+
+def _run_torch(bundle: Bundle, checkpoint: Path, cases: Sequence[Case]) -> tuple[list[VisualTokens], FloatArray | None]:
+    """(results, features [B, N, D] for a rule that reads projected ones)."""
     from holov_export.vision.clip import vision_from_checkpoint
     from holov_export.vision.weights import SafetensorsReader
 
@@ -101,7 +120,19 @@ def _run_torch(bundle: Bundle, checkpoint: Path, cases: Sequence[Case]) -> list[
     with SafetensorsReader(checkpoint) as reader:
         module = vision_from_checkpoint(plan.model, plan.policy, reader, Precision.FP32)
     results = [tokens_from_torch(module, pixels, budget, quota) for pixels, budget, quota in cases]
+    features = None
+    if plan.policy.features is FeatureSource.PROJECTED:
+        pixels, tokens = cases[0][0], plan.model.vision.tokens
+        features = tokens_from_torch(module, pixels, tokens, [tokens] * len(pixels)).tokens
     del module
+    gc.collect()
+    return results, features
+
+
+def _run_transformers(bundle: Bundle, checkpoint: Path, cases: Sequence[Case]) -> list[VisualTokens]:
+    tower = TransformersVision(checkpoint, bundle.manifest.plan.model)
+    results = [tower.run(cases[0][0])] * len(cases)  # all tokens, whatever the budget
+    del tower
     gc.collect()
     return results
 
@@ -112,26 +143,31 @@ def _at(results: list[VisualTokens], index: int) -> VisualTokens | None:
 
 def _compare_case(
     bundle: Bundle,
+    graph: str,
     case: Case,
+    ort_side: VisualTokens,
     torch_side: VisualTokens | None,
+    features: FloatArray | None,
     transformers_side: VisualTokens | None,
-    ort_side: VisualTokens | None,
 ) -> Iterator[Comparison]:
+    """Each back end with the next simpler one: graph, torch, reference, transformers."""
     plan = bundle.manifest.plan
     _, budget, quota = case
-    tolerance = TOLERANCES[plan.precision]
     exact = TOLERANCES[Precision.FP32]
-    if ort_side is not None:
+    if plan.policy.features is FeatureSource.NONE:
         reference = tokens_from_reference(plan, ort_side, budget, quota)
-        if reference is not None:
-            # both sides decide from the same saliency, so nothing but equality will do
-            yield compare(ort_side, reference, names=("onnxruntime", "reference"), budget=budget, tolerance=exact)
-        if torch_side is not None:
-            names = ("onnxruntime", "torch fp32")
-            yield compare(ort_side, torch_side, names=names, budget=budget, tolerance=tolerance)
-    if torch_side is not None and transformers_side is not None:
+        yield compare(ort_side, reference, names=(graph, "reference"), budget=budget, tolerance=exact, ordered=True)
+    if torch_side is None:
+        return
+    names = (graph, "torch fp32")
+    yield compare(ort_side, torch_side, names=names, budget=budget, tolerance=TOLERANCES[plan.precision])
+    if features is not None:
+        reference = tokens_from_reference(plan, torch_side, budget, quota, features)
+        names = ("torch fp32", "reference")
+        yield compare(torch_side, reference, names=names, budget=budget, tolerance=exact, ordered=True)
+    if transformers_side is not None:
         kept = torch_side
         if plan.policy.features is FeatureSource.NONE:
-            kept = tokens_from_reference(plan, transformers_side, budget, quota) or torch_side
+            kept = tokens_from_reference(plan, transformers_side, budget, quota)
         theirs = gathered(transformers_side, kept)
         yield compare(torch_side, theirs, names=("torch fp32", "transformers"), budget=budget, tolerance=exact)
