@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -232,19 +233,20 @@ def atomic_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     """Give an empty folder to fill; when the block ends well, it becomes `target` by one rename.
 
     Args:
-        target: where the finished folder will be.
+        target: where the finished folder will be; a symbolic link is followed and stays.
         overwrite: replace a bundle that is already there.
 
     Raises:
         BundleError: `target` exists and is no bundle, or `overwrite` is False.
-        StorageError: not writable, disk full, or another export is writing to the same target.
+        StorageError: not writable, disk full, a mount point, or another export is writing to the same target.
     """
-    target = Path(os.path.abspath(target))
+    target = _followed(target)
     check_target(target, overwrite=overwrite)
     with _lock(target):
-        check_target(target, overwrite=overwrite)  # another export may have ended just before we took the lock
         with _storage_errors(target):
             _sweep(target)
+        check_target(target, overwrite=overwrite)  # another export may have ended just before we took the lock
+        with _storage_errors(target):
             work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
             work.chmod(0o755)
         try:
@@ -262,11 +264,17 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
     Raises:
         BundleError: `target` exists and is no bundle, or `overwrite` is False.
-        StorageError: it cannot be looked at.
+        StorageError: it cannot be looked at, or is a mount point.
     """
+    target = _followed(target)
     with _storage_errors(target):
         if not target.exists():
             return
+        if os.path.ismount(target):
+            raise StorageError(
+                f"'{target}' is a mount point, and no finished folder can take its name.",
+                hint=f"Name a folder inside it: --output {target / 'bundle'}",
+            )
         holds_something = not target.is_dir() or any(target.iterdir())
         is_bundle = (target / MANIFEST).is_file()
     if holds_something and not is_bundle:
@@ -275,22 +283,50 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise BundleError(f"'{target}' already holds a bundle.", hint="Add --overwrite to replace it.")
 
 
+def _followed(target: str | Path) -> Path:
+    """The absolute place that `target` names. A rename would replace a symbolic link and not what it points to.
+
+    Raises:
+        StorageError: a link to itself, or into a folder that does not exist (a disk that is not mounted, perhaps).
+    """
+    place = Path(os.path.realpath(target))
+    with _storage_errors(place):
+        if place.is_symlink():
+            raise StorageError(f"'{target}' is a symbolic link to itself.", hint="Choose another --output.")
+        if Path(target).is_symlink() and not place.parent.is_dir():
+            raise StorageError(
+                f"'{target}' points to '{place}', and '{place.parent}' is not a folder.",
+                hint="Mount or make it, or choose another --output.",
+            )
+    return place
+
+
 @contextmanager
 def _lock(target: Path) -> Iterator[None]:
     """Hold the lock file beside `target`. The operating system lets go of it when a process is killed.
+
+    Parent folders that are made for it are removed again if the block fails and nothing is in them.
 
     Raises:
         StorageError: another process holds it, or it cannot be made.
     """
     with _storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = (target.parent / f".{target.name}.lock").open("a")
-    with lock:
-        _take_lock(lock, target)
-        try:
-            yield
-        finally:
-            Path(lock.name).unlink(missing_ok=True)
+        made = [folder for folder in target.parents if not folder.exists()]
+    try:
+        with _storage_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock = (target.parent / f".{target.name}.lock").open("a")
+        with lock:
+            _take_lock(lock, target)
+            try:
+                yield
+            finally:
+                Path(lock.name).unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def _take_lock(lock: IO[str], target: Path) -> None:
@@ -309,18 +345,27 @@ def _take_lock(lock: IO[str], target: Path) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what killed exports left beside the target; the lock is ours, so nobody is writing there."""
-    for kind in ("partial", "replaced"):
-        for stale in target.parent.glob(f".{target.name}.{kind}-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+    """Tidy up after killed exports; the lock is ours, so nobody is writing there.
+
+    An export killed between the two renames of `_replace` has left the old bundle beside an empty place: it goes back.
+    """
+    for kind in ("replaced", "partial"):
+        for stale in target.parent.glob(f".{glob.escape(target.name)}.{kind}-*"):
+            if stale.is_symlink() or not stale.is_dir():
+                stale.unlink()
+            elif kind == "replaced" and not target.exists() and (stale / MANIFEST).is_file():
+                os.rename(stale, target)
+            else:
+                shutil.rmtree(stale, ignore_errors=True)
 
 
 def _replace(work: Path, target: Path) -> None:
-    """Put `work` in the place of `target`; the old folder, if any, is removed."""
+    """Put `work` in the place of `target`; the old folder, if any, is removed once the new one is safe on the disk."""
+    old: Path | None = None
     if not target.exists():
         os.rename(work, target)
     elif _exchange(work, target):
-        shutil.rmtree(work, ignore_errors=True)
+        old = work
     else:
         old = work.with_name(work.name.replace(".partial-", ".replaced-"))
         os.rename(target, old)
@@ -329,8 +374,11 @@ def _replace(work: Path, target: Path) -> None:
         except BaseException:
             os.rename(old, target)
             raise
-        shutil.rmtree(old, ignore_errors=True)
     _fsync_path(target.parent)
+    if old is not None:
+        with suppress(OSError):
+            (old / MANIFEST).unlink()  # first, so that no later sweep takes the rest for a bundle
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -362,26 +410,53 @@ def _fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EFBIG: "a file is larger than the limit",
+    errno.ENOTDIR: "a part of the path is not a folder",
+    errno.EEXIST: "a part of the path is not a folder",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EBUSY: "it is a mount point or in use",
+    errno.EXDEV: "the folder that is there lies on another file system or in a lower layer and cannot be renamed",
+    errno.EIO: "the disk reports an input/output error",
+}
+#: these say something about the file that they name, which may be one that is only read
+_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+
 @contextmanager
 def _storage_errors(target: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into StorageError."""
-    reasons = {
-        errno.ENOSPC: "the disk is full",
-        errno.EDQUOT: "the disk quota is used up",
-        errno.EROFS: "the file system is read-only",
-        errno.EACCES: "permission denied",
-        errno.EPERM: "permission denied",
-        errno.EFBIG: "a file is larger than the limit",
-        errno.ENOTDIR: "a part of the path is not a folder",
-        errno.EEXIST: "a part of the path is not a folder",
-        errno.ENAMETOOLONG: "the name is too long",
-    }
+    """Turn the operating system's refusals to write `target` into StorageError."""
+    before = _identity(target)
     try:
         yield
     except OSError as error:
-        if error.errno in reasons:
-            raise StorageError(
-                f"cannot write '{target}': {reasons[error.errno]}.",
-                hint="Nothing was changed; choose another --output.",
-            ) from error
-        raise
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if not isinstance(name, int | None)]
+        foreign = [name for name in names if not _belongs_to(Path(os.path.abspath(name)), target)]
+        if error.errno not in _REASONS or (foreign and error.errno in _OF_THE_FILE):
+            raise
+        unchanged = _identity(target) == before
+        raise StorageError(
+            f"cannot write '{foreign[0] if foreign else target}': {_REASONS[error.errno]}.",
+            hint="Nothing was changed; choose another --output." if unchanged else f"Look at '{target.parent}'.",
+        ) from error
+
+
+def _belongs_to(path: Path, target: Path) -> bool:
+    """Whether a path is the target, something in it, a folder above it, or what an export keeps beside it."""
+    beside = path.parts[len(target.parts) - 1 : len(target.parts)]
+    hidden = path.is_relative_to(target.parent) and any(part.startswith(f".{target.name}.") for part in beside)
+    return path.is_relative_to(target) or target.is_relative_to(path) or hidden
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells one folder from another that takes its name; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -5,7 +5,10 @@ A value is, in this order: a name of the table, an existing directory, or a Hugg
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +16,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from holov_export.assets import data_folder
-from holov_export.errors import CheckpointError, NetworkError, UnknownNameError
+from holov_export.errors import CheckpointError, NetworkError, StorageError, UnknownNameError
 from holov_export.extras import require
 from holov_export.spec import CheckpointSource
 
@@ -32,6 +35,10 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+#: OWNER/REPO as the hub takes it. Source: huggingface_hub 2.4 utils/_validators.py
+_REPOSITORY = re.compile(r"(?!.*(--|\.\.|\.git$))\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)
+#: what a disk that refuses a download says
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,11 @@ def reference_from_name(model: str) -> ModelReference:
     )
     if model.count("/") == 1 and not looks_like_path:
         repository, _, revision = model.partition("@")
+        if not _REPOSITORY.fullmatch(repository):
+            raise UnknownNameError(
+                f"'{model}' is neither a directory nor a repository id.",
+                hint="--model takes a name, a directory or OWNER/REPO[@REVISION].",
+            )
         return ModelReference(repository.rsplit("/", 1)[-1], "hub", repository, revision or None)
     if looks_like_path or "/" in model:
         raise UnknownNameError(
@@ -120,7 +132,9 @@ def checkpoint_from_reference(reference: ModelReference, *, weights: bool = True
 
     Raises:
         NetworkError: the hub cannot be reached and the cache has no copy.
+        StorageError: the hub's cache cannot be written.
         CheckpointError: the repository or revision does not exist.
+        UnknownNameError: the hub's client does not take the repository's name.
     """
     if reference.folder is not None:
         kind = "bundled" if reference.kind == "bundled" else "local"
@@ -132,18 +146,23 @@ def checkpoint_from_reference(reference: ModelReference, *, weights: bool = True
 
 
 def _cached(reference: ModelReference, *, weights: bool) -> Path | None:
-    """The hub cache's copy if it is complete. A dry run leaves one without weights."""
+    """The hub cache's copy if it is complete. A dry run leaves one without weights, a killed download half an index."""
     hub = require("huggingface_hub")
     try:
         folder = Path(hub.snapshot_download(reference.repository, revision=reference.revision, local_files_only=True))
+    except hub.errors.HFValidationError as error:
+        raise UnknownNameError(f"'{reference.repository}' is not a repository id: {error}") from error
     except (hub.errors.LocalEntryNotFoundError, OSError, ValueError):
         return None
     index = folder / "model.safetensors.index.json"
     if not weights:
         return folder if (folder / "config.json").is_file() else None
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return folder if all((folder / shard).is_file() for shard in shards) else None
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return folder if shards and all((folder / shard).is_file() for shard in shards) else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
     return folder if (folder / "model.safetensors").is_file() else None
 
 
@@ -164,8 +183,28 @@ def _downloaded(reference: ModelReference, *, weights: bool) -> Path:
         ) from error
     except hub.errors.RevisionNotFoundError as error:
         raise CheckpointError(f"'{reference.repository}' has no revision {reference.revision}.", hint=advice) from error
-    except (hub.errors.LocalEntryNotFoundError, hub.errors.HfHubHTTPError, OSError) as error:
+    except (hub.errors.LocalEntryNotFoundError, hub.errors.HfHubHTTPError, OSError, RuntimeError) as error:
+        reason = _refusal_of_the_disk(error)
+        if reason:
+            raise StorageError(
+                f"'{reference.repository}' cannot be downloaded: {reason}.",
+                hint=f"It goes to '{hub.constants.HF_HUB_CACHE}'; HF_HOME=DIR chooses another disk.",
+            ) from error
         raise unreachable from error
+
+
+def _refusal_of_the_disk(error: BaseException) -> str:
+    """What the operating system says if a download failed on this side; empty if it did not.
+
+    A refusal of permission names a file; without one it comes from a firewall. hf_xet, the hub's client for large
+    files, raises RuntimeError with the number in the text.
+    """
+    number, name = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
+    if isinstance(error, RuntimeError) and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    if number in _DISK or (name is not None and number in (errno.EACCES, errno.EPERM)):
+        return os.strerror(number or 0) + (f": '{name}'" if name is not None else "")
+    return ""
 
 
 def _hub_answers(endpoint: str) -> bool:

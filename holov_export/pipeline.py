@@ -5,7 +5,6 @@ Knows nothing of terminals: progress goes to a callback, results are returned.
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -180,15 +179,16 @@ def refuse_if_failed(report: ParityReport) -> None:
 
 
 def _write_vision(plan: ExportPlan, checkpoint: Checkpoint, work: Path) -> None:
-    from holov_export.export.onnx_from_graph import onnx_from_graph, save_vision
-    from holov_export.vision.clip import vision_from_checkpoint
+    from holov_export.export.onnx_from_graph import forget_graph, onnx_from_graph, save_vision
+    from holov_export.vision.clip import forget_weights, vision_from_checkpoint
     from holov_export.vision.weights import SafetensorsReader
 
     with SafetensorsReader(checkpoint.folder) as reader:
         module = vision_from_checkpoint(plan.model, plan.policy, reader, plan.precision)
-    save_vision(onnx_from_graph(module, plan), work)
-    del module
-    gc.collect()  # the exporter's graphs refer to each other and hold the weights until then
+    model = onnx_from_graph(module, plan)
+    save_vision(model, work)
+    forget_graph(model)
+    forget_weights(module)
 
 
 def _write_decoder(plan: ExportPlan, checkpoint: Checkpoint, work: Path) -> None:

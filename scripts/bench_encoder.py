@@ -378,6 +378,38 @@ def ratios_of(rows: dict[str, dict[str, Any]], budgets: list[int], tokens: int) 
     return {name: round(cpu[a] / cpu[b], 5) for name, (a, b) in wanted.items() if a in cpu and b in cpu}
 
 
+def operations_of(spec: ModelSpec, rows: int, *, pruned: bool, layers: int) -> float:
+    """Multiplications of one picture's matrix products, in 10^9.
+
+    Args:
+        spec: sizes. rows: K, or N for a plain encoder.
+        pruned: the last of the `layers` computes keys and values for all tokens and the rest for `rows` only.
+        layers: how many layers run.
+    """
+    vision, width = spec.vision, spec.vision.width
+    length = vision.tokens + 1
+    linear, mlp = width * width, 2 * width * vision.mlp_width
+    whole = length * (4 * linear + mlp) + 2 * length * length * width
+    part = length * 2 * linear + rows * (2 * linear + mlp) + 2 * rows * length * width
+    patches = vision.tokens * vision.channels * vision.patch_size**2 * width
+    projector = rows * (width * spec.decoder.width + spec.decoder.width**2)
+    encoder = (layers - 1) * whole + part if pruned else layers * whole
+    return (encoder + patches + projector) / 1e9
+
+
+def counted(spec: ModelSpec, budgets: list[int]) -> dict[str, float]:
+    """Ratios that counting operations gives, to compare the measured ones with."""
+    kept, tokens = spec.vision.feature_layer + 1, spec.vision.tokens
+    plain = operations_of(spec, tokens, pruned=False, layers=kept)
+    all_layers = operations_of(spec, tokens, pruned=False, layers=spec.vision.layers)
+    found = {}
+    for k in budgets:
+        ours = operations_of(spec, k, pruned=True, layers=kept)
+        found[f"ours / plain, K={k}"] = round(ours / plain, 4)
+        found[f"ours / plain with the layer that nobody reads, K={k}"] = round(ours / all_layers, 4)
+    return found
+
+
 def show(batch: int, rows: dict[str, dict[str, Any]], ratios: dict[str, float]) -> None:
     """Two tables on stdout."""
     console = Console(width=120)
@@ -422,6 +454,8 @@ def main() -> None:
             ratios = ratios_of(rows, options.budgets, spec.vision.tokens)
             show(batch, rows, ratios)
             result["batches"][str(batch)] = {"repeats": repeats, "times": rows, "ratios": ratios, "checks": checks}
+    result["operation_ratios"] = counted(spec, options.budgets)
+    print("counting operations:", ", ".join(f"{name}: {value}" for name, value in result["operation_ratios"].items()))
     if options.json:
         write_result(options.json, {"note": options.note, **result} if options.note else result)
 

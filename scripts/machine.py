@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -40,7 +41,7 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 def command() -> str:
     """The command line without absolute paths."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return " ".join([f"scripts/{Path(sys.argv[0]).name}", *words])
+    return shlex.join([f"scripts/{Path(sys.argv[0]).name}", *words])
 
 
 def one_line() -> str:

@@ -71,6 +71,20 @@ def exported_bundle(llava_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
+def complete_bundle(llava_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The checkpoint exported for real with its decoder: float32, HoloV, not verified."""
+    request = ExportRequest(
+        model=str(llava_checkpoint),
+        policy=HolovPolicy(),
+        precision=Precision.FP32,
+        decoder=DecoderPrecision.FP32,
+        output=tmp_path_factory.mktemp("bundles") / "complete",
+        verify=False,
+    )
+    return export_bundle(request)[0]
+
+
+@pytest.fixture(scope="session")
 def photographs() -> list[Image.Image]:
     """Four real photographs of different shapes."""
     pictures = (data.astronaut(), data.coffee(), data.chelsea(), data.rocket())

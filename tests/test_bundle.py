@@ -287,6 +287,9 @@ class TestStorage:
             (errno.ENOSPC, "disk is full"),
             (errno.EDQUOT, "quota"),
             (errno.EACCES, "permission denied"),
+            (errno.EBUSY, "mount point or in use"),
+            (errno.EXDEV, "another file system"),
+            (errno.EIO, "input/output error"),
         ],
     )
     @pytest.mark.parametrize("place", ["tempfile.mkdtemp", "os.fsync", "os.rename"])
@@ -332,6 +335,81 @@ class TestStorage:
             fail()
         assert content_of(target) == "old"
 
+    @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST])
+    @pytest.mark.parametrize("name", ["checkpoint/config.json", ".other.partial-1/x", "bundle-2", "sub/.bundle.lock"])
+    def test_a_file_that_is_only_read_is_not_blamed_on_the_target(self, target: Path, number: int, name: str) -> None:
+        def fail() -> None:
+            with atomic_folder(target, overwrite=True):
+                raise OSError(number, os.strerror(number), str(target.parent / name))
+
+        with pytest.raises(OSError, match=name) as caught:
+            fail()
+        assert not isinstance(caught.value, StorageError)
+        assert content_of(target) == "old"
+
+    @pytest.mark.parametrize(
+        "name", ["{work}/vision.onnx", "{target}", "{target}/x", "{parent}", "{parent}/.bundle.lock", None]
+    )
+    def test_a_file_that_is_written_is(self, target: Path, name: str | None) -> None:
+        def fail() -> None:
+            with atomic_folder(target, overwrite=True) as work:
+                named = None if name is None else name.format(work=work, target=target, parent=target.parent)
+                raise PermissionError(errno.EACCES, "denied", named)
+
+        with pytest.raises(StorageError, match=r"cannot write '.*/bundle': permission denied\. Nothing was changed"):
+            fail()
+        assert content_of(target) == "old"
+
+    def test_a_full_disk_elsewhere_names_the_file(self, target: Path) -> None:
+        def fail() -> None:
+            with atomic_folder(target, overwrite=True):
+                raise OSError(errno.ENOSPC, "full", "/elsewhere/scratch")
+
+        with pytest.raises(StorageError, match="cannot write '/elsewhere/scratch': the disk is full"):
+            fail()
+
+    def test_nothing_was_changed_is_said_only_if_it_is_true(
+        self, target: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        flush = bundle_module._fsync_path
+
+        def refuse(path: Path) -> None:
+            if path == target.parent:  # after the swap
+                raise OSError(errno.EIO, "broken")
+            flush(path)
+
+        monkeypatch.setattr(bundle_module, "_fsync_path", refuse)
+        with pytest.raises(StorageError, match="input/output") as caught:
+            write_bundle(target, "new", overwrite=True)
+        assert "Nothing was changed" not in str(caught.value)
+        assert str(target.parent) in caught.value.hint
+        assert content_of(target) == "new"
+
+    def test_parents_made_in_vain_are_removed(self, tmp_path: Path) -> None:
+        (tmp_path / "a").mkdir()
+
+        def fail() -> None:
+            with atomic_folder(tmp_path / "a" / "b" / "c" / "bundle"):
+                raise OSError(errno.ENOSPC, "full")
+
+        with pytest.raises(StorageError, match="Nothing was changed"):
+            fail()
+        assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
+
+    def test_a_mount_point_is_refused_at_once(self, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bundle_module.os.path, "ismount", lambda path: path == target)
+        with pytest.raises(StorageError, match="mount point") as caught:
+            check_target(target, overwrite=True)
+        assert str(target / "bundle") in caught.value.hint
+        (target.parent / "link").symlink_to(target)
+        with pytest.raises(StorageError, match="mount point"):
+            check_target(target.parent / "link", overwrite=True)
+
+    @pytest.mark.skipif(not os.path.ismount("/proc"), reason="no mount point known here")
+    def test_a_real_mount_point(self) -> None:
+        with pytest.raises(StorageError, match="mount point"):
+            check_target(Path("/proc"), overwrite=True)
+
     def test_parent_is_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("x", encoding="utf-8")
         with pytest.raises(StorageError, match="cannot write"):
@@ -341,6 +419,78 @@ class TestStorage:
         for length in (250, 300):
             with pytest.raises(StorageError, match="name is too long"):
                 write_bundle(tmp_path / ("n" * length), "new")
+
+
+class TestLinks:
+    @pytest.mark.parametrize("exchange", [True, False])
+    def test_overwrite_through_a_link(self, target: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not exchange:
+            monkeypatch.setattr(bundle_module, "_exchange", lambda first, second: False)
+        links = target.parent / "links"
+        links.mkdir()
+        (links / "latest").symlink_to(target)
+        with pytest.raises(BundleError, match="already holds a bundle"):
+            write_bundle(links / "latest", "new")
+        write_bundle(links / "latest", "new", overwrite=True)
+        assert (links / "latest").is_symlink()
+        assert not target.is_symlink()
+        assert content_of(target) == "new"
+        assert siblings(target) == ["bundle", "links"]
+        assert siblings(links / "latest") == ["latest"]
+
+    def test_dangling_link_is_filled_where_it_points(self, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to("place")
+        write_bundle(tmp_path / "link", "new")
+        assert (tmp_path / "link").is_symlink()
+        assert content_of(tmp_path / "place") == "new"
+        assert siblings(tmp_path / "place") == ["link", "place"]
+
+    def test_link_to_a_disk_that_is_not_there(self, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(tmp_path / "disk" / "place")
+        for refuse in (lambda path: check_target(path, overwrite=True), lambda path: write_bundle(path, "new")):
+            with pytest.raises(StorageError, match="disk' is not a folder"):
+                refuse(tmp_path / "link")
+        assert siblings(tmp_path / "link") == ["link"]
+
+    def test_link_to_itself(self, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to("link")
+        with pytest.raises(StorageError, match="symbolic link to itself"):
+            write_bundle(tmp_path / "link", "new")
+
+
+class TestLeftovers:
+    def test_stray_links_and_files_go_and_what_they_point_to_stays(self, target: Path) -> None:
+        treasure = target.parent / "treasure"
+        treasure.mkdir()
+        (treasure / "file").write_text("x", encoding="utf-8")
+        (target.parent / ".bundle.replaced-1").symlink_to(treasure)
+        (target.parent / ".bundle.partial-2").symlink_to(target.parent / "nowhere")
+        (target.parent / ".bundle.partial-3").write_text("x", encoding="utf-8")
+        write_bundle(target, "new", overwrite=True)
+        assert siblings(target) == ["bundle", "treasure"]
+        assert (treasure / "file").is_file()
+
+    @pytest.mark.parametrize("name", ["b[12]", "b*", "b?"])
+    def test_a_name_is_no_pattern(self, tmp_path: Path, name: str) -> None:
+        for other in ("b1", name):
+            (tmp_path / f".{other}.partial-x").mkdir()
+            (tmp_path / f".{other}.replaced-x").mkdir()
+        write_bundle(tmp_path / name, "new")
+        assert siblings(tmp_path / name) == sorted([".b1.partial-x", ".b1.replaced-x", name])
+
+    def test_the_old_bundle_goes_back_into_an_empty_place(self, target: Path) -> None:
+        os.rename(target, target.parent / ".bundle.replaced-x")
+        with pytest.raises(BundleError, match="already holds a bundle"):
+            write_bundle(target, "new")
+        assert content_of(target) == "old"
+        assert siblings(target) == ["bundle"]
+
+    def test_what_lost_its_manifest_does_not_go_back(self, target: Path) -> None:
+        os.rename(target, target.parent / ".bundle.replaced-x")
+        (target.parent / ".bundle.replaced-x" / MANIFEST).unlink()
+        write_bundle(target, "new")
+        assert content_of(target) == "new"
+        assert siblings(target) == ["bundle"]
 
 
 class TestTwoExports:
@@ -453,6 +603,10 @@ def test_kill(tmp_path: Path, point: str, expected: str | None, exists: bool) ->
         assert not target.exists()
     else:
         assert content_of(target) == expected
+    if point == "between two renames":  # the next export finds the old bundle and puts it back
+        with pytest.raises(BundleError, match="already holds a bundle"):
+            write_bundle(target, "next")
+        assert content_of(target) == "old"
     write_bundle(target, "next", overwrite=True)
     assert content_of(target) == "next"
     assert siblings(target) == ["bundle"], "leftovers of the killed export"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from holov_export import catalog
 from holov_export.catalog import CATALOG, checkpoint_from_reference, reference_from_name
-from holov_export.errors import EnvironmentFaultError, UnknownNameError
+from holov_export.errors import EnvironmentFaultError, NetworkError, StorageError, UnknownNameError
 
 
 def test_the_table() -> None:
@@ -119,3 +121,86 @@ def test_without_network_and_copy_it_names_the_option(tmp_path: Path, what: str)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("3 'llava-hf/llava-1.5-7b-hf' is not in the local cache")
     assert "--model DIR" in run.stdout
+
+
+@pytest.mark.parametrize(
+    "value", ["a b/c", "a/b c", "a--b/c", "a/b..c", "a/b.git", "-a/b", "a/b-", "a/", "a/@main", "a/é", "a/" + "b" * 97]
+)
+def test_malformed_repository_id(value: str) -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        checkpoint_from_reference(reference_from_name(value))
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "value", ["a/b", "a-b/c.d_e", "A1/llava-1.5-7b-hf", "a/b..c", "a--b/c", "a/b-", "a/b.git", "é/b"]
+)
+def test_ids_are_judged_as_the_hub_judges_them(value: str) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    try:
+        hub.utils.validate_repo_id(value)
+    except hub.errors.HFValidationError:
+        with pytest.raises(UnknownNameError):
+            reference_from_name(value)
+    else:
+        assert reference_from_name(value).repository == value
+
+
+def test_a_name_that_only_the_hub_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+
+    def refuse(*arguments: object, **settings: object) -> NoReturn:
+        raise hub.errors.HFValidationError("no such letters")
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(UnknownNameError, match="no such letters"):
+        checkpoint_from_reference(reference_from_name("someone/their-llava"))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (OSError(errno.ENOSPC, "full"), StorageError, os.strerror(errno.ENOSPC)),
+        (OSError(errno.EDQUOT, "quota"), StorageError, os.strerror(errno.EDQUOT)),
+        (OSError(errno.EROFS, "read-only", "/cache/blob"), StorageError, "/cache/blob"),
+        (PermissionError(errno.EACCES, "denied", "/cache/blob"), StorageError, "/cache/blob"),
+        (RuntimeError("Internal Writer Error: No space left on device (os error 28)"), StorageError, "No space left"),
+        (RuntimeError("Reqwest Error: connection reset"), NetworkError, "cannot be reached"),
+        (PermissionError(errno.EPERM, "a firewall's"), NetworkError, "cannot be reached"),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), NetworkError, "cannot be reached"),
+    ],
+)
+def test_a_disk_that_refuses_is_not_the_network(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], words: str
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+
+    def fail(*arguments: object, **settings: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(catalog, "_cached", lambda reference, weights: None)
+    monkeypatch.setattr(catalog, "_hub_answers", lambda endpoint: True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(kind, match=words) as caught:
+        checkpoint_from_reference(reference_from_name("someone/their-llava"))
+    assert isinstance(caught.value, EnvironmentFaultError)
+    assert ("HF_HOME" in str(caught.value)) == (kind is StorageError)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
+)
+def test_a_broken_index_in_the_cache_counts_as_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    index = tmp_path / "model.safetensors.index.json"
+    monkeypatch.setattr(hub, "snapshot_download", lambda *arguments, **settings: str(tmp_path))
+    reference = reference_from_name("someone/their-llava")
+    index.write_text(text, encoding="utf-8")
+    assert catalog._cached(reference, weights=True) is None
+    index.write_text('{"weight_map": {"a": "shard"}}', encoding="utf-8")
+    assert catalog._cached(reference, weights=True) is None
+    (tmp_path / "shard").touch()
+    assert catalog._cached(reference, weights=True) == tmp_path

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -13,6 +18,8 @@ from PIL import Image
 from holov_export import catalog
 from holov_export.bundle import Bundle, open_bundle
 from holov_export.cli import cli, run
+from holov_export.cli.console import progress
+from holov_export.errors import EnvironmentFaultError
 from holov_export.spec import POLICIES
 
 
@@ -222,6 +229,227 @@ def test_an_internal_error_has_no_traceback(
     assert "Traceback" not in error
     with pytest.raises(RuntimeError):
         run(["inspect", str(toy_bundle.folder)], debug=True)
+
+
+@pytest.mark.parametrize("name", ["bf[v2]", "b[/v2]", "[red]b", ":smile:", "b>", "b" * 240])
+def test_a_folder_may_have_any_name(
+    toy_bundle: Bundle, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / name
+    shutil.copytree(toy_bundle.folder, folder)
+    if "/" in name:
+        assert folder.parent.name == "b["
+    assert run(["inspect", str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["bundle", str(folder)]
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["plan"]["model"]["name"] = name
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert run(["inspect", str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith(f"model       {name} (local: ")
+
+
+def test_progress_may_hold_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress() as tell:
+        tell("compare on b[/v2] :smile:")
+    assert "compare on b[/v2] :smile:" in capsys.readouterr().err
+
+
+def python(code: str, **settings: object) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, **settings
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [["inspect", "BUNDLE"], ["inspect", "BUNDLE", "--json"], ["models"], ["methods", "--json"], ["--help"]]
+)
+def test_a_reader_that_leaves_is_no_error(toy_bundle: Bundle, arguments: list[str]) -> None:
+    arguments = [str(toy_bundle.folder) if item == "BUNDLE" else item for item in arguments]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with python(f"from holov_export.cli import main; main({arguments!r})", stdout=writing) as process:
+        os.close(writing)
+        _, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (0, b"")
+
+
+def test_progress_without_a_reader_does_not_end_the_work(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from holov_export.cli.console import progress, say
+sys.stdin.read()
+with progress() as tell:
+    for step in range(9):
+        tell(f"step {{step}}")
+say("done")
+Path({str(tmp_path / "done")!r}).touch()
+"""
+    with python(code, stdin=subprocess.PIPE) as process:
+        assert process.stderr and process.stdin
+        process.stderr.close()
+        process.stdin.close()
+        assert process.wait(timeout=120) == 0
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("arguments", [["models"], ["models", "--json"]])
+def test_a_full_disk_behind_stdout(arguments: list[str]) -> None:
+    with (
+        Path("/dev/full").open("w") as full,
+        python(f"from holov_export.cli import main; main({arguments!r})", stdout=full) as process,
+    ):
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert os.strerror(errno.ENOSPC).encode() in error
+    assert b"Traceback" not in error
+    assert b"Exception ignored" not in error
+
+
+def test_a_file_that_may_not_be_read(
+    monkeypatch: pytest.MonkeyPatch, toy_bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: object, **settings: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied", "/secret/model.safetensors")
+
+    monkeypatch.setattr("holov_export.cli.look.open_bundle", refuse)
+    assert run(["inspect", str(toy_bundle.folder)]) == 3
+    assert capsys.readouterr().err == "holov-export: Permission denied: '/secret/model.safetensors'.\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("kept", "does not end like a picture"),
+        ("kept.xyz", "does not end like a picture"),
+        ("kept.xbm", "does not end like a picture"),
+        ("no/such/kept.png", "is not a folder"),
+        ("folder.png", "is a folder"),
+    ],
+)
+def test_show_refuses_an_output_before_anything_runs(
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    output: str,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr("holov_export.cli.ask.read_manifest", lambda folder: pytest.fail("something ran"))
+    assert run(["show", "bundle", str(photo), "-o", output]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".png", ".JPG", ".webp"])
+def test_show_writes_what_the_ending_says(toy_bundle: Bundle, photo: Path, tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"kept{suffix}"
+    assert run(["show", str(toy_bundle.folder), str(photo), "--side", "64", "-o", str(out)]) == 0
+    assert Image.open(out).format == {".png": "PNG", ".JPG": "JPEG", ".webp": "WEBP"}[suffix]
+
+
+def test_the_home_folder_is_found(
+    toy_bundle: Bundle,
+    photo: Path,
+    llava_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(toy_bundle.folder, tmp_path / "bundle")
+    shutil.copy(photo, tmp_path / "photo.jpg")
+    assert run(["inspect", "~/bundle"]) == 0
+    assert run(["show", "~/bundle", "~/photo.jpg", "--side", "64", "--output=~/kept.png"]) == 0
+    assert (tmp_path / "kept.png").is_file()
+    capsys.readouterr()
+    for option in (["--output=~/made"], ["-o", "~/made"]):
+        assert run(["--model", str(llava_checkpoint), "--dry-run", "--json", *option]) == 0
+        assert json.loads(capsys.readouterr().out)["output"] == str(tmp_path / "made")
+    assert run(["ask", "~/bundle", "~/missing.jpg", "~/what is this?"]) == 2
+    assert str(tmp_path / "missing.jpg") in capsys.readouterr().err
+    assert run(["verify", "~/bundle", "--image", "~/missing.jpg"]) == 2
+    assert str(tmp_path / "missing.jpg") in capsys.readouterr().err
+
+
+def test_checkpoint_is_for_hf_only(
+    bundle: Path, photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("holov_export.cli.ask.checkpoint_of", lambda *arguments: pytest.fail("was resolved"))
+    for arguments in (["--checkpoint", "llava-1.5-7b"], ["--decoder", "genai", "--checkpoint", "no-such"]):
+        assert run(["ask", str(bundle), str(photo), "what?", *arguments]) == 2
+        assert "--decoder hf only" in capsys.readouterr().err
+
+
+def test_hf_answers_from_the_exported_checkpoint_only(
+    bundle: Path, photo: Path, llava_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["ask", str(bundle), str(photo), "what is shown?", "--max-new-tokens", "4", "--json"]
+    assert run(arguments) == 0
+    embedded = json.loads(capsys.readouterr().out)
+    assert run([*arguments, "--decoder", "hf", "--checkpoint", str(llava_checkpoint)]) == 0
+    assert json.loads(capsys.readouterr().out)["token_ids"] == embedded["token_ids"]
+    assert run([*arguments, "--decoder", "hf"]) == 2
+    assert "--checkpoint" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(llava_checkpoint, other)
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    assert run([*arguments, "--decoder", "hf", "--checkpoint", str(other)]) == 2
+    assert "not the checkpoint" in capsys.readouterr().err
+
+
+def test_hf_finds_the_demo_checkpoint(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        catalog.reference_from_name("demo")
+    except EnvironmentFaultError:
+        pytest.skip("the demo model has not been trained in this checkout")
+    assert run(["--model", "demo", "--no-decoder", "--no-verify", "-o", str(tmp_path / "demo")]) == 0
+    capsys.readouterr()
+    assert run(["ask", str(tmp_path / "demo"), str(photo), "what?", "--decoder", "hf", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["visual_tokens"] == [16]
+
+
+@pytest.mark.parametrize("command", ["ask", "show"])
+def test_verify_size_reads_no_hashes(
+    answering_bundle: Bundle, photo: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [command, str(answering_bundle.folder), str(photo)]
+    arguments += ["what?", "--max-new-tokens", "1"] if command == "ask" else ["-o", str(tmp_path / "kept.png")]
+    assert run([*arguments, "--verify", "full"]) == 0
+    monkeypatch.setattr("holov_export.bundle.sha256_of", lambda path: pytest.fail("a file was hashed"))
+    assert run([*arguments, "--verify", "size"]) == 0
+    assert run([*arguments, "--verify", "none"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "words"),
+    [
+        ("ask", ["PHOTO", "what?", "--budget", "65"], "1..64"),
+        ("ask", ["PHOTO", "what?", "--quota", "3", "--quota", "4"], "2 quotas for 1 image"),
+        ("ask", ["PHOTO", "what?", "--budget", "4", "--quota", "5"], "quota of image 1"),
+        ("ask", ["PHOTO", "missing.png", "what?"], "missing.png"),
+        ("ask", ["PHOTO", "what?", "--top-p", "0"], "top_p"),
+        ("show", ["PHOTO", "--budget", "0"], "1..64"),
+        ("show", ["missing.png"], "missing.png"),
+        ("show", ["PHOTO", "--methods", "holov,no-such"], "no-such"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_files_are_hashed(
+    toy_bundle: Bundle,
+    photo: Path,
+    command: str,
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("holov_export.cli.ask.open_bundle", lambda *given, **settings: pytest.fail("it was opened"))
+    arguments = [str(photo) if item == "PHOTO" else item for item in arguments]
+    assert run([command, str(toy_bundle.folder), *arguments]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_every_command_and_option_has_help() -> None:

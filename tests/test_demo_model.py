@@ -68,6 +68,27 @@ def test_the_shipped_scenes_are_answered_with_a_ninth_of_the_tokens(bundle: Path
                 assert answer.finish_reason == "stop"
 
 
+@pytest.mark.parametrize(
+    ("precision", "decoder"),
+    [(Precision.FP32, DecoderPrecision.INT4), (Precision.FP16, DecoderPrecision.FP16)],
+    ids=["fp32-int4", "fp16-fp16"],
+)
+def test_it_answers_in_other_precisions(tmp_path: Path, precision: Precision, decoder: DecoderPrecision) -> None:
+    out = tmp_path / "bundle"
+    _, report = export_bundle(ExportRequest("demo", HolovPolicy(), precision, decoder, out))
+    assert report is not None and report.passed
+    scenes = data_folder("demo-scenes")
+    questions = json.loads((scenes / "questions.json").read_text())
+    with Session.open(out, provider="cpu") as session:
+        for item in questions:
+            answer = session.ask(scenes / item["image"], item["question"], budget=144, sampling=GREEDY)
+            assert answer.text.strip() == item["answer"], item
+            assert answer.finish_reason == "stop"
+    count, right = share_right(out, tmp_path / "scenes", scenes=4, budgets=(144,))
+    assert count >= 25
+    assert right[144] >= 0.85
+
+
 def test_a_few_held_out_questions(bundle: Path, tmp_path: Path) -> None:
     questions, right = share_right(bundle, tmp_path, scenes=12, budgets=(144, 16))
     assert questions >= 80

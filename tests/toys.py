@@ -114,14 +114,15 @@ def write_toy_bundle(
     *,
     precision: Precision = Precision.FP32,
     decoder: Path | None = None,
+    decoder_precision: DecoderPrecision = DecoderPrecision.FP32,
 ) -> Bundle:
-    """A real bundle around the toy graph; `decoder` is a GenAI folder to copy into it."""
+    """A real bundle around the toy graph; `decoder` is a GenAI folder to copy into it, of that precision."""
     plan = ExportPlan(
         model=model,
         source=CheckpointSource(kind="local", name=checkpoint.name),
         policy=HolovPolicy(),
         precision=precision,
-        decoder=DecoderPrecision.FP32 if decoder else None,
+        decoder=decoder_precision if decoder else None,
     )
     with atomic_folder(folder) as work:
         onnx.save(toy_graph(model, precision.dtype), str(work / VISION))

@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import click
 
 from holov_export import __version__
-from holov_export.errors import HolovExportError
+from holov_export.cli.console import let_go
+from holov_export.errors import EnvironmentFaultError, HolovExportError
 
 #: standard exit code of a program ended by Ctrl-C
 _INTERRUPTED = 130
+#: refusals of the operating system that are no fault of this program
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+class _ReaderLeftError(Exception):
+    """Whoever read stdout is gone (`inspect BUNDLE | head -1`). click would end a BrokenPipeError with 1."""
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise _ReaderLeftError from error
 
 
 class DefaultGroup(click.Group):
     """A group whose options belong to the command `export` when no command is named."""
+
+    def make_context(self, *args: Any, **settings: Any) -> click.Context:
+        with _reader_may_leave():  # --help
+            return super().make_context(*args, **settings)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _reader_may_leave():
+            return super().invoke(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {"--help", "-h", "--version"}
@@ -58,7 +84,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs a command and ends the process with its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or bool(os.environ.get("HOLOV_EXPORT_DEBUG"))
-    sys.exit(run([argument for argument in arguments if argument != "--debug"], debug=debug))
+    code = run([argument for argument in arguments if argument != "--debug"], debug=debug)
+    sys.exit(_flushed(code))
+
+
+def _flushed(code: int) -> int:
+    """Write out what is buffered while an error can still be said; the interpreter would complain in its own words."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        let_go(sys.stdout)
+        if error.errno != errno.EPIPE:
+            _complain(f"cannot write to stdout: {error.strerror}.")
+            code = code or EnvironmentFaultError.exit_code
+    try:
+        sys.stderr.flush()
+    except OSError:
+        let_go(sys.stderr)
+    return code
 
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
@@ -72,25 +115,28 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         _complain("interrupted.")
         return _INTERRUPTED
     except click.ClickException as error:
-        error.show(sys.stderr)
+        with suppress(BrokenPipeError):
+            error.show(sys.stderr)
         return 2
     except HolovExportError as error:
         if debug:
             raise
-        _complain(error.message)
-        if error.hint:
-            click.echo(f"  {error.hint}", err=True)
+        _complain(error.message, error.hint)
         return error.exit_code
-    except BrokenPipeError:
-        sys.stderr.close()
+    except _ReaderLeftError:
+        let_go(sys.stdout)
         return 0
     except Exception as error:
         if debug:
             raise
-        _complain(f"internal error: {type(error).__name__}: {error}")
-        click.echo("  Run again with --debug for the traceback, and please report it.", err=True)
+        if isinstance(error, OSError) and error.errno in _REFUSALS:
+            _complain(f"{error.strerror}." if error.filename is None else f"{error.strerror}: '{error.filename}'.")
+            return EnvironmentFaultError.exit_code
+        hint = "Run again with --debug for the traceback, and please report it."
+        _complain(f"internal error: {type(error).__name__}: {error}", hint)
         return 1
 
 
-def _complain(message: str) -> None:
-    click.echo(f"holov-export: {message}", err=True)
+def _complain(message: str, hint: str = "") -> None:
+    with suppress(BrokenPipeError):
+        click.echo(f"holov-export: {message}" + (f"\n  {hint}" if hint else ""), err=True)

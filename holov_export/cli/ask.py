@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
+from PIL import Image
 
-from holov_export.bundle import open_bundle
-from holov_export.catalog import checkpoint_from_reference, reference_from_name
+from holov_export.bundle import open_bundle, read_manifest
 from holov_export.cli.console import OUT, print_json, say
+from holov_export.cli.options import UserPath, bundle_argument, provider_option, verify_option
 from holov_export.errors import StorageError
+from holov_export.pipeline import checkpoint_of
+from holov_export.runtime.decoder import check_sampling
+from holov_export.runtime.preprocess import image_from
+from holov_export.runtime.runner import chosen_budget, quota_array
 from holov_export.runtime.session import Session
 from holov_export.spec import POLICIES
 from holov_export.tensors import Generation, SamplingSettings
 from holov_export.verify.picture import panels_from_bundle, picture_of_panels
 
-_provider = click.option(
-    "--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
-)
-
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@bundle_argument
+@click.argument("images", nargs=-1, required=True, type=UserPath(), metavar="IMAGE...")
 @click.argument("prompt")
 @click.option("--budget", type=int, help="Visual tokens of each image [default: a ninth of them].")
 @click.option("--quota", "quotas", type=int, multiple=True, help="Tokens of one image, at most the budget; repeat.")
 @click.option("--decoder", type=click.Choice(["genai", "hf"]), default="genai", show_default=True, help="Back end.")
-@click.option("--checkpoint", help="For --decoder hf: directory, name or OWNER/REPO of the weights.")
+@click.option(
+    "--checkpoint", help="For --decoder hf: directory, name or OWNER/REPO of the weights (demo: found by itself)."
+)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(0), default=0, help="Sample among the k most likely tokens; 0 is all.")
@@ -38,11 +43,12 @@ _provider = click.option(
 @click.option("--stop", multiple=True, help="A string that ends the answer; repeat for more.")
 @click.option("--raw", is_flag=True, help="The prompt is complete: no chat template is put around it.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.")
-@_provider
+@provider_option
+@verify_option
 @click.option("--json", "as_json", is_flag=True, help="Answer and timings as JSON on stdout.")
 def ask(
     bundle: Path,
-    images: tuple[str, ...],
+    images: tuple[Path, ...],
     prompt: str,
     budget: int | None,
     quotas: tuple[int, ...],
@@ -57,17 +63,23 @@ def ask(
     raw: bool,
     threads: int | None,
     provider: str,
+    verify: Literal["full", "size"],
     as_json: bool,
 ) -> None:
     """Ask a question about one or more images. The answer streams to stdout, timings go to stderr."""
-    weights = checkpoint_from_reference(reference_from_name(checkpoint)).folder if checkpoint else None
+    if checkpoint is not None and decoder != "hf":
+        raise click.UsageError("--checkpoint is for --decoder hf only; the embedded decoder has its own weights.")
     sampling = SamplingSettings(max_new_tokens, temperature, top_k, top_p, seed, stop)
 
     def on_text(piece: str) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    with Session.open(bundle, decoder=decoder, provider=provider, threads=threads, checkpoint=weights) as session:
+    check_sampling(sampling)
+    _check_request(bundle, images, budget, quotas)
+    opened = open_bundle(bundle, verify=verify)
+    weights = checkpoint_of(opened, checkpoint) if decoder == "hf" else None
+    with Session.open(opened, decoder=decoder, provider=provider, threads=threads, checkpoint=weights) as session:
         answer = session.ask(
             list(images),
             prompt,
@@ -82,6 +94,18 @@ def ask(
         return
     sys.stdout.write("\n")
     say(_timing_line(answer))
+
+
+def _check_request(bundle: Path, images: Sequence[Path], budget: int | None, quotas: Sequence[int] = ()) -> None:
+    """Refuse a wrong budget, quota or picture before gigabytes are hashed and loaded.
+
+    Raises:
+        BundleError, BudgetError, ImageError: as when the request is carried out.
+    """
+    tokens = read_manifest(bundle).plan.model.vision.tokens
+    quota_array(quotas or None, chosen_budget(budget, quotas or None, tokens), len(images))
+    for image in images:
+        image_from(image)
 
 
 def answer_json(answer: Generation) -> dict[str, Any]:
@@ -123,32 +147,64 @@ def _timing_line(answer: Generation) -> str:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("image")
+@bundle_argument
+@click.argument("image", type=UserPath())
 @click.option("--budget", type=int, help="Visual tokens [default: a ninth of them].")
 @click.option("--methods", help=f"Rules side by side, comma separated: {', '.join(POLICIES)} [default: the bundle's].")
 @click.option("--side", type=click.IntRange(64, 4096), default=480, show_default=True, help="Pixels of a panel.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default=Path("kept.png"), show_default=True, help="The picture."
+    "-o",
+    "--output",
+    type=UserPath(),
+    default=Path("kept.png"),
+    show_default=True,
+    help="The picture; its ending names the format.",
 )
-@_provider
+@provider_option
+@verify_option
 def show(
-    bundle: Path, image: str, budget: int | None, methods: str | None, side: int, output: Path, provider: str
+    bundle: Path,
+    image: Path,
+    budget: int | None,
+    methods: str | None,
+    side: int,
+    output: Path,
+    provider: str,
+    verify: Literal["full", "size"],
 ) -> None:
     """Draw a picture of what stays: kept tokens lit, pruned ones dimmed, crop borders and their counts."""
-    from holov_export.runtime.runner import default_budget
-
-    opened = open_bundle(bundle)
-    plan = opened.manifest.plan
-    names = [name.strip() for name in methods.split(",")] if methods else [plan.policy.method]
+    _check_picture(output)
+    names = [name.strip() for name in methods.split(",")] if methods else []
     unknown = [name for name in names if name not in POLICIES]
     if unknown:
         raise click.UsageError(f"unknown method '{unknown[0]}'; known: {', '.join(POLICIES)}.")
-    wanted = default_budget(plan.model.vision.tokens) if budget is None else budget
+    _check_request(bundle, [image], budget)
+    opened = open_bundle(bundle, verify=verify)
+    plan = opened.manifest.plan
+    wanted = chosen_budget(budget, None, plan.model.vision.tokens)
+    names = names or [plan.policy.method]
     picture, box, panels = panels_from_bundle(opened, image, wanted, names, provider=provider)
     drawn = picture_of_panels(picture, box, panels, plan.model.vision.grid, side=side)
     try:
         drawn.save(output)
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot write '{output}': {error}.", hint="Choose another --output.") from error
-    OUT.print(str(output), markup=False, soft_wrap=True)
+    OUT.print(str(output), soft_wrap=True)
+
+
+def _check_picture(output: Path) -> None:
+    """Refuse a picture that could not be saved in the end."""
+    Image.init()
+    kind = Image.registered_extensions().get(output.suffix.lower())
+    try:
+        if kind is None:
+            raise ValueError
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), kind)  # some formats are only read, or take no colours
+    except (KeyError, OSError, ValueError):
+        raise click.UsageError(
+            f"'{output}' does not end like a picture that can be written; try {output.stem or 'kept'}.png."
+        ) from None
+    if output.is_dir():
+        raise click.UsageError(f"'{output}' is a folder; name a file in it.")
+    if not output.parent.is_dir():
+        raise click.UsageError(f"'{output.parent}' is not a folder, so '{output.name}' cannot be written there.")

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from holov_export.bundle import Bundle
 from holov_export.cli.console import OUT, print_json, progress, say, size_text, table
+from holov_export.cli.options import UserPath, json_option
 from holov_export.errors import UsageError
 from holov_export.pipeline import ExportRequest, export_bundle, plan_from_request
 from holov_export.spec import POLICIES, DecoderPrecision, ExportPlan, Precision, SelectionPolicy, policy_from_settings
@@ -36,11 +37,11 @@ from holov_export.verify.parity import ParityReport
     help="What the decoder's graph is built for.",
 )
 @click.option("--no-decoder", is_flag=True, help="Leave the decoder out: vision graph and tokenizer only.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the bundle.")
+@click.option("-o", "--output", type=UserPath(), help="Folder of the bundle.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
 @click.option("--no-verify", is_flag=True, help="Write the bundle without comparing it with torch and the reference.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved plan and stop.")
-@click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
+@json_option
 def export(
     model: str,
     precision: str,
@@ -139,7 +140,7 @@ def _print_result(bundle: Bundle, report: ParityReport | None) -> None:
         for reason in report.skipped:
             say(f"not compared: {reason}")
     total = size_text(sum(item.bytes for item in bundle.manifest.artifacts))
-    OUT.print(f"{bundle.folder}  {total}", markup=False, soft_wrap=True)
+    OUT.print(f"{bundle.folder}  {total}", soft_wrap=True)
 
 
 def parity_table(report: ParityReport) -> Any:

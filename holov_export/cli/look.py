@@ -5,25 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.markup import escape
+from rich.text import Text
 
 from holov_export.bundle import Bundle, open_bundle
 from holov_export.catalog import CATALOG
 from holov_export.cli.console import OUT, print_json, progress, say, size_text, table
 from holov_export.cli.export import parity_table
+from holov_export.cli.options import UserPath, bundle_argument, json_option
 from holov_export.doctor import examine
 from holov_export.errors import ImageError
 from holov_export.pipeline import checkpoint_of, refuse_if_failed, verify_vision
 from holov_export.spec import POLICIES, FeatureSource
 from holov_export.verify.pictures import default_pictures
 
-_json = click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
-_bundle = click.argument("bundle", type=click.Path(path_type=Path))
-
 
 @click.command()
-@_bundle
-@_json
+@bundle_argument
+@json_option
 def inspect(bundle: Path, as_json: bool) -> None:
     """Show what is in a bundle: model, selection, graph inputs and outputs, files; hashes are verified."""
     opened = open_bundle(bundle)
@@ -35,7 +33,8 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
 def _print_bundle(bundle: Bundle) -> None:
     manifest, plan = bundle.manifest, bundle.manifest.plan
-    head = table("bundle", str(bundle.folder))
+    head = table("bundle")
+    head.add_column(str(bundle.folder))
     head.add_row("model", f"{plan.model.name} ({plan.source.kind}: {plan.source.name})")
     head.add_row("selection", ", ".join(f"{key}={value}" for key, value in plan.policy.model_dump(mode="json").items()))
     head.add_row("precision", f"{plan.precision.value}, opset {plan.opset}")
@@ -56,11 +55,11 @@ def _print_bundle(bundle: Bundle) -> None:
 
 
 @click.command()
-@_bundle
+@bundle_argument
 @click.option("--checkpoint", help="Where the weights are: directory, name or OWNER/REPO (demo: found by itself).")
-@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Compare on this picture.")
+@click.option("--image", "images", multiple=True, type=UserPath(), help="Compare on this picture.")
 @click.option("--no-transformers", is_flag=True, help="Leave transformers' own model out.")
-@_json
+@json_option
 def verify(
     bundle: Path, checkpoint: str | None, images: tuple[Path, ...], no_transformers: bool, as_json: bool
 ) -> None:
@@ -84,7 +83,7 @@ def verify(
 
 
 @click.command()
-@_json
+@json_option
 def doctor(as_json: bool) -> None:
     """Say what this machine can do: packages, execution providers, GPU, and the pip line for what is missing."""
     findings = examine()
@@ -93,13 +92,14 @@ def doctor(as_json: bool) -> None:
         return
     made = table("", "found", "what to do")
     for finding in findings:
-        mark = {"ok": "[green]ok[/green]", "missing": "[yellow]missing[/yellow]", "fault": "[red]fault[/red]"}
-        made.add_row(f"{mark[finding.state]}  {finding.subject}", finding.found, escape(finding.advice))
+        colour = {"ok": "green", "missing": "yellow", "fault": "red"}[finding.state]
+        subject = Text.assemble((finding.state, colour), f"  {finding.subject}")
+        made.add_row(subject, finding.found, finding.advice)
     OUT.print(made)
 
 
 @click.command()
-@_json
+@json_option
 def models(as_json: bool) -> None:
     """List the models known by name."""
     if as_json:
@@ -112,7 +112,7 @@ def models(as_json: bool) -> None:
 
 
 @click.command()
-@_json
+@json_option
 def methods(as_json: bool) -> None:
     """List the selection rules."""
     if as_json:
@@ -137,5 +137,5 @@ def methods(as_json: bool) -> None:
     made = table("name", "selects", "keeps")
     for name, policy in POLICIES.items():
         when = "early" if policy.features is FeatureSource.NONE else "late"
-        made.add_row(name, when, f"{policy.summary}\n[dim]{escape(policy.source)}[/dim]")
+        made.add_row(name, when, Text.assemble(f"{policy.summary}\n", (policy.source, "dim")))
     OUT.print(made)

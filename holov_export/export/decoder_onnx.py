@@ -29,10 +29,12 @@ from holov_export.errors import CheckFailedError, CheckpointError, UnsupportedMo
 from holov_export.export.decoder_weights import (
     EMBEDDING,
     HEAD,
+    NO_DECODER,
     StoredTensor,
     array_from_tensor,
     check_head_width,
     language_tensors,
+    mistaken_head,
     write_language_model,
 )
 from holov_export.extras import require
@@ -106,34 +108,79 @@ def check_precision(precision: DecoderPrecision, provider: str) -> None:
         )
 
 
+def check_language_model(folder: Path, spec: DecoderSpec) -> None:
+    """Refuse, from config.json alone, a language model that `decoder_from_checkpoint` would refuse later.
+
+    Args:
+        folder: a LLaVA checkpoint directory; its weights need not be there.
+        spec: of the language model.
+
+    Raises:
+        CheckpointError: config.json does not load.
+        UnsupportedModelError: another architecture, or one that the builder would get wrong.
+    """
+    config = _language_config(folder)
+    head = _checked_head_width(config)
+    _check_placeholder(spec, config.vocab_size)
+    linears = {
+        "self_attn.q_proj": config.num_attention_heads * head,
+        "self_attn.k_proj": config.num_key_value_heads * head,
+        "self_attn.v_proj": config.num_key_value_heads * head,
+        "self_attn.o_proj": config.hidden_size,
+        "mlp.gate_proj": config.intermediate_size,
+        "mlp.up_proj": config.intermediate_size,
+        "mlp.down_proj": config.hidden_size,
+    }
+    for name, width in linears.items():
+        if width == config.vocab_size:
+            raise mistaken_head(name, width)
+
+
+def _language_config(folder: Path) -> Any:
+    """transformers' configuration of the checkpoint's language model."""
+    transformers = require("transformers")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    except Exception as error:  # huggingface_hub's validation errors are none of Python's own
+        raise CheckpointError(f"config.json of '{folder.name}' does not load: {error}") from error
+
+
+def _checked_head_width(config: Any) -> int:
+    """The width of an attention head of a LLaMA that ONNX Runtime can run."""
+    if config.model_type != "llama":
+        raise UnsupportedModelError(
+            f"the language model is a '{config.model_type}'; the embedded decoder is built for LLaMA models.",
+            hint=NO_DECODER,
+        )
+    width = int(config.head_dim or config.hidden_size // config.num_attention_heads)
+    if width % 8:  # it builds, and fails at the first token
+        raise UnsupportedModelError(
+            f"the attention heads are {width} wide; ONNX Runtime's GroupQueryAttention takes multiples of 8.",
+            hint=NO_DECODER,
+        )
+    return width
+
+
+def _check_placeholder(spec: DecoderSpec, vocab_size: int) -> None:
+    if not 0 <= spec.image_token_id < vocab_size:
+        raise UnsupportedModelError(
+            f"the image placeholder has id {spec.image_token_id}, the embedding table has {vocab_size} rows.",
+            hint=NO_DECODER,
+        )
+
+
 def _check_sizes(tensors: dict[str, StoredTensor], spec: DecoderSpec) -> None:
     vocab_size, width = tensors[EMBEDDING].shape
     if width != spec.width:
         raise CheckpointError(f"the token embedding is {width} wide, the model's specification says {spec.width}.")
-    if not 0 <= spec.image_token_id < vocab_size:
-        raise UnsupportedModelError(
-            f"the image placeholder has id {spec.image_token_id}, the embedding table has {vocab_size} rows."
-        )
+    _check_placeholder(spec, vocab_size)
     check_head_width(tensors, vocab_size)
 
 
 def _write_checkpoint(folder: Path, target: Path, tensors: dict[str, StoredTensor]) -> None:
     """A LlamaForCausalLM directory that the builder can read."""
-    transformers = require("transformers")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"config.json of '{folder.name}' does not load: {error}") from error
-    if config.model_type != "llama":
-        raise UnsupportedModelError(
-            f"the language model is a '{config.model_type}'.", hint="The embedded decoder is built for LLaMA models."
-        )
-    head = config.head_dim or config.hidden_size // config.num_attention_heads
-    if head % 8:  # it builds, and fails at the first token
-        raise UnsupportedModelError(
-            f"the attention heads are {head} wide; ONNX Runtime's GroupQueryAttention takes multiples of 8.",
-            hint="Export without the embedded decoder: --no-decoder",
-        )
+    config = _language_config(folder)
+    _checked_head_width(config)
     target.mkdir()
     config.architectures = ["LlamaForCausalLM"]
     config.tie_word_embeddings = HEAD not in tensors  # outer and inner configurations disagree; the weights do not

@@ -13,15 +13,16 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from holov_export.errors import CheckpointError, UnsupportedModelError
+from holov_export.vision.weights import damaged_shard, shard_of_tensor, shard_path
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+NO_DECODER = "Export without the embedded decoder: --no-decoder"
 _BLOCK = 1 << 24
 _HEADER_LIMIT = 100_000_000
 #: what transformers 4.x, 5.x and bare dumps put before the same tensors; the first match wins
@@ -59,14 +60,22 @@ def language_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the language model under LlamaForCausalLM's names, from the shards' headers.
 
     Raises:
-        CheckpointError: no safetensors, a damaged header, or no embedding table.
+        CheckpointError: no safetensors, a missing or damaged shard, two tensors of one name, or no embedding table.
     """
+    wanted: dict[str, dict[str, str]] = {}
+    for key, file in shard_of_tensor(folder).items():
+        name = language_key(key)
+        if name is not None and not name.endswith("rotary_emb.inv_freq"):
+            wanted.setdefault(file, {})[key] = name
     tensors: dict[str, StoredTensor] = {}
-    for shard in _shards(folder):
-        for key, tensor in _header(shard):
-            name = language_key(key)
-            if name is not None and not name.endswith("rotary_emb.inv_freq"):
-                tensors[name] = tensor
+    for file in sorted(wanted):
+        stored = dict(_header(shard_path(folder, file)))
+        for key, name in wanted[file].items():
+            if key not in stored:
+                raise damaged_shard(file, f"it has no tensor '{key}'")
+            if name in tensors:
+                raise CheckpointError(f"the checkpoint has several tensors for '{name}', one of them '{key}'.")
+            tensors[name] = stored[key]
     if EMBEDDING not in tensors:
         raise CheckpointError(
             f"'{folder.name}' holds no language model: no tensor is called like {EMBEDDING}.",
@@ -75,45 +84,29 @@ def language_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index.name} does not parse: {error}.") from error
-        shards = [folder / name for name in names]
-    else:
-        shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise CheckpointError(f"'{folder.name}' has no safetensors file.", hint="Pickled weights are not read.")
-    for shard in shards:
-        if shard.parent != folder or not shard.is_file():
-            raise CheckpointError(f"the shard {shard.name} is missing.", hint="Download the checkpoint again.")
-    return shards
-
-
 def _header(shard: Path) -> Iterator[tuple[str, StoredTensor]]:
     """(name, tensor) of one file, checked against the file's length."""
     size = shard.stat().st_size
     with shard.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= min(_HEADER_LIMIT, size):
-            raise CheckpointError(f"{shard.name} is no safetensors file or is truncated.")
+            raise damaged_shard(shard.name, "it is no safetensors file")
         try:
-            entries: dict[str, dict[str, Any]] = json.loads(stream.read(length))
+            entries = json.loads(stream.read(length))
         except ValueError as error:
-            raise CheckpointError(f"{shard.name} has a damaged header: {error}.") from error
+            raise damaged_shard(shard.name, f"header: {error}") from error
+    if not isinstance(entries, dict):
+        raise damaged_shard(shard.name, "its header is no JSON object")
     for key, entry in entries.items():
         if key == "__metadata__":
             continue
         try:
             begin, end = (8 + length + int(offset) for offset in entry["data_offsets"])
-            tensor = StoredTensor(shard, entry["dtype"], tuple(int(axis) for axis in entry["shape"]), begin, end)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{shard.name} has a damaged header at '{key}'.") from error
-        if end > size:
-            raise CheckpointError(f"{shard.name} is truncated: '{key}' ends at byte {end} of {size}.")
+            tensor = StoredTensor(shard, str(entry["dtype"]), tuple(int(axis) for axis in entry["shape"]), begin, end)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise damaged_shard(shard.name, f"its header is wrong at '{key}'") from error
+        if not 8 + length <= begin <= end <= size:
+            raise damaged_shard(shard.name, f"'{key}' lies in the bytes {begin} to {end} of {size}")
         yield key, tensor
 
 
@@ -148,7 +141,7 @@ def _copy_tensors(tensors: Mapping[str, StoredTensor], shard: Path, target: Path
             while remaining:
                 block = source.read(min(_BLOCK, remaining))
                 if not block:
-                    raise CheckpointError(f"{shard.name} is truncated.")
+                    raise damaged_shard(shard.name, "it ends early")
                 sink.write(block)
                 remaining -= len(block)
 
@@ -167,23 +160,29 @@ def array_from_tensor(tensor: StoredTensor) -> npt.NDArray[np.generic]:
     count = int(np.prod(tensor.shape))
     flat = np.fromfile(tensor.shard, dtype=types[tensor.dtype], count=count, offset=tensor.begin)
     if flat.size != count:
-        raise CheckpointError(f"{tensor.shard.name} is truncated.")
+        raise damaged_shard(tensor.shard.name, "it ends early")
     return flat.reshape(tensor.shape)
 
 
 def check_head_width(tensors: Mapping[str, StoredTensor], vocab_size: int) -> None:
     """Refuse a model in which another Linear is as wide as the vocabulary.
 
-    ONNX Runtime GenAI's builder takes any such Linear for the language model's head and builds, without a word, a graph
-    whose logits come out of an early layer. Seen with onnxruntime-genai 0.18.
-
     Raises:
         UnsupportedModelError: names the tensor.
     """
     for key, tensor in tensors.items():
         if key not in (EMBEDDING, HEAD) and len(tensor.shape) == 2 and tensor.shape[0] == vocab_size:
-            raise UnsupportedModelError(
-                f"'{key}' is as wide as the vocabulary ({vocab_size}): ONNX Runtime GenAI's builder would take it for "
-                "the language model's head.",
-                hint="Export without the embedded decoder: --no-decoder",
-            )
+            raise mistaken_head(key, vocab_size)
+
+
+def mistaken_head(name: str, vocab_size: int) -> UnsupportedModelError:
+    """The refusal of a model whose Linear `name` has as many outputs as the vocabulary has tokens.
+
+    ONNX Runtime GenAI's builder takes any such Linear for the language model's head and builds, without a word, a graph
+    whose logits come out of an early layer. Seen with onnxruntime-genai 0.18.
+    """
+    return UnsupportedModelError(
+        f"'{name}' is as wide as the vocabulary ({vocab_size}): ONNX Runtime GenAI's builder would take it for the "
+        "language model's head.",
+        hint=NO_DECODER,
+    )

@@ -74,6 +74,12 @@ def save_vision(model: ir.Model, folder: Path) -> Path:
     return path
 
 
+def forget_graph(model: ir.Model) -> None:
+    """Drop the weights of a model that has been saved: the exporter's leftovers keep its values alive."""
+    for value in model.graph.initializers.values():
+        value.const_value = None
+
+
 def write_widened(source: Path, folder: Path) -> Path:
     """Write a bfloat16 graph again with float32 in place of bfloat16, weights unchanged in value.
 

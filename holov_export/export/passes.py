@@ -70,6 +70,7 @@ def fold_transposed_weights(model: ir.Model) -> None:
     for name, value in list(graph.initializers.items()):
         if not value.uses():
             del graph.initializers[name]
+            value.const_value = None  # the exporter keeps the value itself alive, so its weights must go
 
 
 def _transposed_initializer(model: ir.Model, source: ir.Value, perm: tuple[int, ...]) -> ir.Value:

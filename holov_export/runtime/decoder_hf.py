@@ -13,6 +13,7 @@ from holov_export.extras import require
 from holov_export.runtime.decoder import check_prompt, check_sampling, end_tokens, token_from_logits
 from holov_export.spec import DecoderSpec
 from holov_export.tensors import SamplingSettings, StitchedPrompt
+from holov_export.vision.weights import shard_of_tensor
 
 
 class HfDecoder:
@@ -33,7 +34,7 @@ class HfDecoder:
         Raises:
             MissingExtraError: torch or transformers is not installed.
             EnvironmentFaultError: CUDA was asked for and is not there.
-            CheckpointError: the directory does not load.
+            CheckpointError: the directory does not load, or holds only pickled weights: those can run code.
         """
         self._torch = require("torch")
         transformers = require("transformers")
@@ -44,9 +45,10 @@ class HfDecoder:
         if threads is not None:
             self._torch.set_num_threads(threads)
         dtype = "auto" if self._device == "cuda" else self._torch.float32
+        shard_of_tensor(checkpoint)  # says what is wrong with the weights where transformers names a missing file
         try:
             model = transformers.LlavaForConditionalGeneration.from_pretrained(
-                checkpoint, dtype=dtype, local_files_only=True
+                checkpoint, dtype=dtype, local_files_only=True, use_safetensors=True
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"transformers cannot load '{checkpoint.name}': {error}") from error

@@ -47,7 +47,7 @@ def image_from(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
 
     The EXIF rotation is applied, as transformers' `load_image` does (its image processors do not). Transparency is
     laid over white, as in transformers. 16-bit greys are scaled to 8 bits; Pillow's own conversion would clip them to
-    white. Of an animation the first frame is used.
+    white. Of an animation the first frame is used; a caller's Pillow image stays at the frame where it stands.
 
     Raises:
         ImageError: missing, not an image, truncated, empty or too large.
@@ -61,12 +61,22 @@ def image_from(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         image = _image_from_array(source)
     _check_size(image.width, image.height, name, max_pixels)
     try:
-        if getattr(image, "is_animated", False):
-            image.seek(0)
-        image.load()
-        return _rgb(_upright(image))
+        return _rgb(_upright(_first_frame(image)))
     except Exception as error:  # Pillow's readers let out whatever their parsers meet in a broken file
         raise ImageError(f"{name} cannot be decoded: {error}.", hint="The file is truncated or damaged.") from error
+
+
+def _first_frame(image: Image.Image) -> Image.Image:
+    """The image, decoded; a copy of the first frame if it is an animation that stands at another one."""
+    frame = image.tell()
+    if frame == 0:
+        image.load()
+        return image
+    image.seek(0)
+    try:
+        return image.copy()
+    finally:
+        image.seek(frame)
 
 
 def _name_of(source: ImageSource) -> str:

@@ -69,6 +69,17 @@ def checked_budget(budget: int, tokens: int) -> int:
     return value
 
 
+def chosen_budget(budget: int | None, quota: Sequence[int] | None, tokens: int) -> int:
+    """`budget` checked; where it is None the largest quota, and without quotas the default.
+
+    Raises:
+        BudgetError: names the range, or a quota that is no integer.
+    """
+    if budget is None:
+        budget = max(_quotas(quota), default=default_budget(tokens)) if quota is not None else default_budget(tokens)
+    return checked_budget(budget, tokens)
+
+
 def quota_array(quota: Sequence[int] | None, budget: int, images: int) -> Int64Array:
     """int64 [B]: the quota of each image; the whole budget each if `quota` is None.
 
@@ -77,13 +88,22 @@ def quota_array(quota: Sequence[int] | None, budget: int, images: int) -> Int64A
     """
     if quota is None:
         return np.full(images, budget, dtype=np.int64)
-    if len(quota) != images:
-        raise BudgetError(f"{_counted(len(quota), 'quota')} for {_counted(images, 'image')}.", hint="Give one each.")
-    values = [_integer(item, f"the quota of image {number}") for number, item in enumerate(quota, start=1)]
+    values = _quotas(quota)
+    if len(values) != images:
+        raise BudgetError(f"{_counted(len(values), 'quota')} for {_counted(images, 'image')}.", hint="Give one each.")
     for number, value in enumerate(values, start=1):
         if not 1 <= value <= budget:
             raise BudgetError(f"the quota of image {number} is {value}, it must be in 1..{budget} (the budget).")
     return np.array(values, dtype=np.int64)
+
+
+def _quotas(quota: Sequence[int]) -> list[int]:
+    """The quotas as Python integers; they may come as a list, a tuple or a numpy array."""
+    try:
+        items = list(quota)
+    except TypeError:
+        raise BudgetError(f"the quota is {quota!r}, it must be a list: one integer for each image.") from None
+    return [_integer(item, f"the quota of image {number}") for number, item in enumerate(items, start=1)]
 
 
 def _integer(value: object, what: str) -> int:

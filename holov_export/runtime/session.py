@@ -16,20 +16,38 @@ import numpy as np
 from PIL import Image
 
 from holov_export.bundle import Bundle, open_bundle
-from holov_export.errors import PromptError
+from holov_export.errors import EnvironmentFaultError, PromptError
 from holov_export.runtime.decoder import Decoder, check_sampling, decoder_maker
 from holov_export.runtime.preprocess import ImageSource, pixels_from_images
-from holov_export.runtime.runner import Runner, default_budget
+from holov_export.runtime.runner import Runner, chosen_budget, default_budget, quota_array
 from holov_export.runtime.runner_ort import OrtRunner
 from holov_export.runtime.stitch import PromptEncoder, prompt_encoder_from_tokenizer, stitch
 from holov_export.runtime.text_stream import TextStream
-from holov_export.tensors import FloatArray, Generation, SamplingSettings, StitchedPrompt, Timings, VisualTokens
+from holov_export.tensors import (
+    FloatArray,
+    Generation,
+    PixelBatch,
+    SamplingSettings,
+    StitchedPrompt,
+    Timings,
+    VisualTokens,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 GREEDY = SamplingSettings()
 Images = ImageSource | Sequence[ImageSource]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Images that can go into the vision graph, and how many seconds preprocessing them took."""
+
+    pixels: PixelBatch
+    budget: int
+    quota: Sequence[int] | None
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,7 @@ class Session:
         self._make_decoder = make_decoder
         self._decoder: Decoder | None = None
         self._encoder: PromptEncoder | None = None
+        self._closed = False
 
     @classmethod
     def open(
@@ -100,7 +119,12 @@ class Session:
 
     @property
     def decoder(self) -> Decoder:
-        """The decoder, loaded on first use."""
+        """The decoder, loaded on first use.
+
+        Raises:
+            EnvironmentFaultError: the session is closed, or this machine cannot load it.
+        """
+        self._check_open()
         if self._decoder is None:
             self._decoder = self._make_decoder()
         return self._decoder
@@ -117,7 +141,7 @@ class Session:
 
         Args, Raises: as of `ask`.
         """
-        return self._see(_listed(images), budget, quota, saliency=True)[0]
+        return self._see(self._prepared(_listed(images), budget, quota), saliency=True)[0]
 
     def ask(
         self,
@@ -180,10 +204,14 @@ class Session:
         groups = [_listed(group) for group in images]
         if len(groups) != len(prompts):
             raise PromptError(f"{len(prompts)} prompts and images for {len(groups)}.", hint="Give as many.")
+        self._check_open()
         check_sampling(sampling)
         texts = [self._text(prompt, len(group), raw) for prompt, group in zip(prompts, groups, strict=True)]
-        self.decoder  # noqa: B018  loading it is no stage of an answer
-        visual, stages = self._see([image for group in groups for image in group], budget, quota, saliency=False)
+        prepared = self._prepared([image for group in groups for image in group], budget, quota)
+        for text, group in zip(texts, groups, strict=True):
+            self._check_prompt(text, len(group))
+        self.decoder  # noqa: B018  gigabytes, so only for a request that is sound; and it is no stage of an answer
+        visual, stages = self._see(prepared, saliency=False)
         rows = iter([visual.rows(index) for index in range(len(visual))])
         return [
             self._answer(text, [next(rows) for _ in group], sampling, stages, on_text)
@@ -195,16 +223,23 @@ class Session:
             raise PromptError("the prompt is empty.")
         return prompt if raw else self.encoder.text_from_question(prompt, images=images)
 
-    def _see(
-        self, images: Sequence[ImageSource], budget: int | None, quota: Sequence[int] | None, *, saliency: bool
-    ) -> tuple[VisualTokens, _Stages]:
-        if budget is None:
-            budget = max(quota) if quota else self.default_budget
+    def _check_prompt(self, text: str, images: int) -> None:
+        """Refuse a prompt that could not be stitched even if a single token of each image were kept."""
+        fewest = np.zeros((1, self.encoder.decoder.width), dtype=np.float32)
+        stitch(self.encoder, text, [fewest] * images, max_new_tokens=1)
+
+    def _prepared(self, images: Sequence[ImageSource], budget: int | None, quota: Sequence[int] | None) -> _Prepared:
+        self._check_open()
+        budget = chosen_budget(budget, quota, self._runner.tokens)
+        quota_array(quota, budget, len(images))
         began = perf_counter()
         pixels = pixels_from_images(images, self.bundle.manifest.plan.model.image)
-        prepared = perf_counter()
-        visual = self._runner.run(pixels, budget, quota, saliency=saliency)
-        return visual, _Stages(preprocess=prepared - began, vision=perf_counter() - prepared)
+        return _Prepared(pixels, budget, quota, perf_counter() - began)
+
+    def _see(self, prepared: _Prepared, *, saliency: bool) -> tuple[VisualTokens, _Stages]:
+        began = perf_counter()
+        visual = self._runner.run(prepared.pixels, prepared.budget, prepared.quota, saliency=saliency)
+        return visual, _Stages(preprocess=prepared.seconds, vision=perf_counter() - began)
 
     def _answer(
         self,
@@ -236,11 +271,16 @@ class Session:
         )
 
     def close(self) -> None:
-        """Release the engines, those given to `open` as well."""
+        """Release the engines, those given to `open` as well. A closed session answers no more."""
+        self._closed = True
         self._runner.close()
         if self._decoder is not None:
             self._decoder.close()
             self._decoder = None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EnvironmentFaultError("the session is closed.", hint="Open the bundle again.")
 
     def __enter__(self) -> Self:
         return self

@@ -85,6 +85,13 @@ class TransformersVision:
         positions = np.broadcast_to(np.arange(count, dtype=np.int64), (batch, count))
         return VisualTokens(tokens.numpy(), positions, np.full(batch, count, np.int64), saliency.numpy())
 
+    def close(self) -> None:
+        """Give the weights' memory back."""
+        from holov_export.vision.clip import forget_weights
+
+        forget_weights(self._tower)
+        forget_weights(self._projector)
+
 
 def _names_of(module_type: Any, spec: ModelSpec) -> list[tuple[str, torch.nn.Parameter]]:
     from holov_export.spec import ClsTopkPolicy

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from holov_export.bundle import Bundle
@@ -108,32 +109,52 @@ def _run_graph(bundle: Bundle, cases: Sequence[Case]) -> tuple[str, list[VisualT
 
 def _run_ort(bundle: Bundle, cases: Sequence[Case]) -> list[VisualTokens]:
     with OrtRunner(bundle, provider="cpu") as runner:
-        return [runner.run(pixels, budget, quota, saliency=True) for pixels, budget, quota in cases]
+
+        def run(pixels: PixelBatch, budget: int, quota: list[int]) -> VisualTokens:
+            return runner.run(pixels, budget, quota, saliency=True)
+
+        return [_in_small_batches(run, case) for case in cases]
+
+
+def _in_small_batches(run: Callable[[PixelBatch, int, list[int]], VisualTokens], case: Case) -> VisualTokens:
+    """Run two pictures at a time: activations of a large batch would cost more memory than the weights."""
+    pixels, budget, quota = case
+    parts = []
+    for start in range(0, len(pixels), 2):
+        few = slice(start, start + 2)
+        part = PixelBatch(pixels.pixel_values[few], pixels.boxes[few], pixels.sizes[few])
+        parts.append(run(part, budget, quota[few]))
+    saliency = [part.saliency for part in parts if part.saliency is not None]
+    return VisualTokens(
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.positions for part in parts]),
+        np.concatenate([part.counts for part in parts]),
+        np.concatenate(saliency) if saliency else None,
+    )
 
 
 def _run_torch(bundle: Bundle, checkpoint: Path, cases: Sequence[Case]) -> tuple[list[VisualTokens], FloatArray | None]:
     """(results, features [B, N, D] for a rule that reads projected ones)."""
-    from holov_export.vision.clip import vision_from_checkpoint
+    from holov_export.vision.clip import forget_weights, vision_from_checkpoint
     from holov_export.vision.weights import SafetensorsReader
 
     plan = bundle.manifest.plan
     with SafetensorsReader(checkpoint) as reader:
         module = vision_from_checkpoint(plan.model, plan.policy, reader, Precision.FP32)
-    results = [tokens_from_torch(module, pixels, budget, quota) for pixels, budget, quota in cases]
+    run = partial(tokens_from_torch, module)
+    results = [_in_small_batches(run, case) for case in cases]
     features = None
     if plan.policy.features is FeatureSource.PROJECTED:
         pixels, tokens = cases[0][0], plan.model.vision.tokens
-        features = tokens_from_torch(module, pixels, tokens, [tokens] * len(pixels)).tokens
-    del module
-    gc.collect()
+        features = _in_small_batches(run, (pixels, tokens, [tokens] * len(pixels))).tokens
+    forget_weights(module)
     return results, features
 
 
 def _run_transformers(bundle: Bundle, checkpoint: Path, cases: Sequence[Case]) -> list[VisualTokens]:
     tower = TransformersVision(checkpoint, bundle.manifest.plan.model)
     results = [tower.run(cases[0][0])] * len(cases)  # all tokens, whatever the budget
-    del tower
-    gc.collect()
+    tower.close()
     return results
 
 

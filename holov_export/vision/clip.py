@@ -8,6 +8,10 @@ Shape words: B images, N patch tokens, T = N + 1 with CLS, K budget, E tower wid
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+import sys
 from typing import cast
 
 import torch
@@ -216,6 +220,20 @@ def vision_from_checkpoint(
         state[name] = tensor.to(TORCH_DTYPES[precision])
     module.load_state_dict(state, assign=True, strict=True)
     return module.requires_grad_(False)
+
+
+def forget_weights(module: nn.Module) -> None:
+    """Give the memory of a module's weights back to the operating system; the module is of no use afterwards.
+
+    Dropping the module is not enough: the exporter keeps its parameters alive, and the C library keeps freed blocks of
+    this size for itself.
+    """
+    for parameter in module.parameters():
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # a C library without malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def checkpoint_names(name: str) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from holov_export.errors import CheckpointError
+from holov_export.errors import CheckpointError, HolovExportError
 from holov_export.extras import require
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class SafetensorsReader:
     _open: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._shard_of = _shard_of_tensor(self.folder)
+        self._shard_of = shard_of_tensor(self.folder)
 
     def __enter__(self) -> SafetensorsReader:
         return self
@@ -70,7 +70,9 @@ class SafetensorsReader:
                 try:
                     tensor: torch.Tensor = self._shard(self._shard_of[name]).get_tensor(name)
                 except Exception as error:  # safetensors raises its own type, a bare KeyError or an OSError
-                    raise _damaged(self._shard_of[name], error) from error
+                    if isinstance(error, HolovExportError):
+                        raise
+                    raise damaged_shard(self._shard_of[name], error) from error
                 self.bytes_read += tensor.numel() * tensor.element_size()
                 return tensor
         raise CheckpointError(
@@ -78,28 +80,43 @@ class SafetensorsReader:
             hint="It is incomplete, or of a family that is not supported.",
         )
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, from the header alone."""
-        return tuple(self._shard(self._shard_of[name]).get_slice(name).get_shape())
-
     def _shard(self, file: str) -> Any:
         if file not in self._open:
-            path = self.folder / file
-            if not path.is_file():
-                raise CheckpointError(f"the shard {file} is missing from the checkpoint.", hint="Download it again.")
+            path = shard_path(self.folder, file)
+            safetensors = require("safetensors")
             try:
-                self._open[file] = require("safetensors").safe_open(path, framework="pt")
+                self._open[file] = safetensors.safe_open(path, framework="pt")
             except Exception as error:  # safetensors_rust.SafetensorError is not exported as a type to catch
-                raise _damaged(file, error) from error
+                raise damaged_shard(file, error) from error
         return self._open[file]
 
 
-def _damaged(file: str, error: Exception) -> CheckpointError:
-    return CheckpointError(f"the shard {file} is truncated or damaged ({error}).", hint="Download it again.")
+def damaged_shard(file: str, reason: object) -> CheckpointError:
+    """The error for a shard that cannot be read."""
+    return CheckpointError(f"the shard {file} is truncated or damaged ({reason}).", hint="Download it again.")
 
 
-def _shard_of_tensor(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index or from the single file."""
+def shard_path(folder: Path, file: str) -> Path:
+    """The path of a shard that `shard_of_tensor` names.
+
+    Raises:
+        CheckpointError: there is no such file directly in `folder`.
+    """
+    path = folder / file
+    if path.parent != folder or not path.is_file():
+        raise CheckpointError(f"the shard {file} is missing from the checkpoint.", hint="Download it again.")
+    return path
+
+
+def shard_of_tensor(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index, or from `model.safetensors` where there is no index.
+
+    Other safetensors files (consolidated copies, adapters) are not looked at. Shards that an index names are not
+    opened, and need not exist as long as nobody wants their tensors.
+
+    Raises:
+        CheckpointError: no weights, only pickled ones, or an index or single file that is damaged.
+    """
     index = folder / INDEX
     if index.is_file():
         try:
@@ -109,11 +126,12 @@ def _shard_of_tensor(folder: Path) -> dict[str, str]:
             raise CheckpointError(f"{INDEX} does not parse ({error}).", hint="Download it again.") from error
     single = folder / SINGLE
     if single.is_file():
+        safetensors = require("safetensors")
         try:
-            with require("safetensors").safe_open(single, framework="pt") as shard:
+            with safetensors.safe_open(single, framework="pt") as shard:
                 return dict.fromkeys(shard.keys(), SINGLE)
         except Exception as error:
-            raise _damaged(SINGLE, error) from error
+            raise damaged_shard(SINGLE, error) from error
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
         raise CheckpointError(

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 from holov_export.errors import CheckFailedError, CheckpointError, UnsupportedModelError, UsageError
 from holov_export.export import decoder_onnx
 from holov_export.export.checkpoint import spec_from_checkpoint
-from holov_export.export.decoder_onnx import check_precision, decoder_from_checkpoint
+from holov_export.export.decoder_onnx import check_language_model, check_precision, decoder_from_checkpoint
 from holov_export.export.decoder_weights import (
     EMBEDDING,
     HEAD,
@@ -133,25 +133,96 @@ def test_embedding_table_is_read_as_stored(llava_checkpoint: Path, tmp_path: Pat
 
 
 def test_checkpoints_that_are_damaged(llava_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no safetensors"):
+    with pytest.raises(CheckpointError, match="holds no safetensors"):
         language_tensors(tmp_path)
     whole = (llava_checkpoint / "model.safetensors").read_bytes()
-    cases = {"is truncated": whole[: len(whole) // 2], "no safetensors file": b"pickle" * 9, "damaged header": None}
-    for message, content in cases.items():
-        header = b'{"a": nonsense}'
-        (tmp_path / "model.safetensors").write_bytes(content or len(header).to_bytes(8, "little") + header)
-        with pytest.raises(CheckpointError, match=message):
+    for content in (b"", b"pickle" * 9, whole[: len(whole) // 2], *map(with_header, HEADERS)):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"shard model\.safetensors is truncated or damaged"):
             language_tensors(tmp_path)
-    header = b'{"a": {"dtype": "F32"}}'
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(CheckpointError, match="damaged header at 'a'"):
-        language_tensors(tmp_path)
     save_file({"vision_tower.x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="holds no language model"):
         language_tensors(tmp_path)
-    index = {"weight_map": {"a": "../elsewhere.safetensors"}}
+
+
+def with_header(header: bytes) -> bytes:
+    """A safetensors file of a header and eight bytes of data."""
+    return len(header).to_bytes(8, "little") + header + bytes(8)
+
+
+HEADERS = (
+    b'{"lm_head.weight": nonsense}',
+    b"\xff\xfe",
+    b"[]",
+    b'["lm_head.weight"]',
+    b'{"lm_head.weight": 3}',
+    b'{"lm_head.weight": ["F32"]}',
+    b'{"lm_head.weight": {"dtype": "F32"}}',
+    b'{"lm_head.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+    b'{"lm_head.weight": {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]}}',
+    b'{"lm_head.weight": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}',
+    b'{"lm_head.weight": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+    b'{"lm_head.weight": {"dtype": "F32", "shape": [1], "data_offsets": [8, 4]}}',
+    b'{"norm.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+)
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_damaged_shards_of_an_index(header: bytes, tmp_path: Path) -> None:
+    """safetensors reads a single file's header, this module those that an index names; both say the same."""
+    index = {"weight_map": {"lm_head.weight": "a.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"shard elsewhere\.safetensors is missing"):
+    (tmp_path / "a.safetensors").write_bytes(with_header(header))
+    with pytest.raises(CheckpointError, match=r"shard a\.safetensors is truncated or damaged"):
+        language_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["../elsewhere.safetensors", "none.safetensors"])
+def test_shards_that_an_index_names_and_that_are_not_there(file: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    save_file({"lm_head.weight": torch.zeros(1)}, tmp_path / "elsewhere.safetensors")
+    index = {"weight_map": {"lm_head.weight": file}}
+    (tmp_path / "checkpoint" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="is missing from the checkpoint"):
+        language_tensors(tmp_path / "checkpoint")
+
+
+def test_a_corrupt_index_and_pickles_are_refused_as_by_the_vision_tower(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(CheckpointError, match="only pickled weights"):
+        language_tensors(tmp_path)
+    for text in ("[]", "{", '{"weight_map": 3}'):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json does not parse"):
+            language_tensors(tmp_path)
+
+
+def test_a_second_file_changes_nothing(llava_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(llava_checkpoint, tmp_path / "two")
+    others = {key: value + 1 for key, value in load_file(checkpoint / "model.safetensors").items()}
+    save_file(others, checkpoint / "zz-consolidated.safetensors")
+    save_file({"language_model.model.layers.0.lora": torch.zeros(1)}, checkpoint / "adapter_model.safetensors")
+    wanted, found = language_tensors(llava_checkpoint), language_tensors(checkpoint)
+    assert list(found) == list(wanted)
+    assert {tensor.shard.name for tensor in found.values()} == {"model.safetensors"}
+    np.testing.assert_array_equal(array_from_tensor(found[EMBEDDING]), array_from_tensor(wanted[EMBEDDING]))
+
+
+def test_shards_of_the_vision_tower_are_not_opened(llava_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(llava_checkpoint, tmp_path / "split")
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    words = {key: value for key, value in tensors.items() if language_key(key)}
+    save_file(words, checkpoint / "words.safetensors")
+    weight_map = {key: "words.safetensors" if key in words else "gone.safetensors" for key in tensors}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert len(language_tensors(checkpoint)) == len(words)
+
+
+def test_two_tensors_of_one_name(tmp_path: Path) -> None:
+    tensors = {"lm_head.weight": torch.zeros(4, 2), "language_model.lm_head.weight": torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"several tensors for 'lm_head\.weight'"):
         language_tensors(tmp_path)
 
 
@@ -304,6 +375,50 @@ def test_attention_heads_that_onnxruntime_does_not_take(tmp_path: Path) -> None:
     model = spec_from_checkpoint(checkpoint, "narrow")
     with pytest.raises(UnsupportedModelError, match="heads are 20 wide"):
         decoder_from_checkpoint(checkpoint, tmp_path / "decoder", model.decoder, DecoderPrecision.FP32)
+
+
+@pytest.mark.parametrize(
+    ("text_config", "message"),
+    [
+        ({"model_type": "gemma"}, "language model is a 'gemma'"),
+        ({"hidden_size": 120, "head_dim": None}, "heads are 20 wide"),
+        ({"head_dim": 12}, "heads are 12 wide"),
+        ({"vocab_size": 3}, "has id 3, the embedding table has 3 rows"),
+        ({"intermediate_size": 416}, r"'mlp\.gate_proj' is as wide as the vocabulary \(416\)"),
+        ({"head_dim": 208, "num_attention_heads": 2, "num_key_value_heads": 1}, r"'self_attn\.q_proj' is as wide"),
+        ({"head_dim": 208, "num_key_value_heads": 2}, r"'self_attn\.k_proj' is as wide"),
+        ({"hidden_size": 416, "num_attention_heads": 4, "num_key_value_heads": 4}, r"'self_attn\.o_proj' is as wide"),
+    ],
+)
+def test_the_configuration_alone_is_enough_to_refuse(
+    llava_checkpoint: Path, llava_spec: ModelSpec, tmp_path: Path, text_config: dict[str, object], message: str
+) -> None:
+    config = json.loads((llava_checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check_language_model(tmp_path, llava_spec.decoder)  # there are no weights
+    config["text_config"].update(text_config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        check_language_model(tmp_path, llava_spec.decoder)
+    assert "--no-decoder" in caught.value.hint
+
+
+@pytest.mark.parametrize("sizes", [TinyLlava(vocab=480, mlp=480), TinyLlava(width=120, layers=1)])
+def test_what_is_refused_early_is_refused_late_as_well(tmp_path: Path, sizes: TinyLlava) -> None:
+    checkpoint = write_checkpoint(tmp_path / "refused", sizes)
+    decoder = spec_from_checkpoint(checkpoint, "refused").decoder
+    with pytest.raises(UnsupportedModelError, match=r"as wide as the vocabulary|heads are 20 wide"):
+        check_language_model(checkpoint, decoder)
+    with pytest.raises(UnsupportedModelError, match=r"as wide as the vocabulary|heads are 20 wide"):
+        decoder_from_checkpoint(checkpoint, tmp_path / "decoder", decoder, DecoderPrecision.FP32)
+
+
+def test_a_configuration_that_does_not_load(llava_spec: ModelSpec, tmp_path: Path) -> None:
+    for text in (None, "{", '{"model_type": "x"}', '{"model_type": "llava", "text_config": {"hidden_size": 7}}'):
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json of .* does not load"):
+            check_language_model(tmp_path, llava_spec.decoder)
 
 
 def test_failing_builder_is_quoted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -223,8 +225,29 @@ def test_cuda_that_is_not_there(llava_checkpoint: Path, genai_folder: Path, llav
 def test_folders_that_hold_no_decoder(tmp_path: Path, llava_spec: ModelSpec) -> None:
     with pytest.raises(BundleError, match=r"has no genai_config\.json"):
         GenaiDecoder(tmp_path, llava_spec.decoder)
-    with pytest.raises(CheckpointError, match="cannot load"):
+    with pytest.raises(CheckpointError, match="holds no safetensors weights"):
         HfDecoder(tmp_path, llava_spec.decoder, provider="cpu")
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="transformers cannot load"):
+        HfDecoder(tmp_path, llava_spec.decoder, provider="cpu")
+
+
+def test_pickled_weights_are_not_loaded(llava_checkpoint: Path, llava_spec: ModelSpec, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(llava_checkpoint, tmp_path / "pickled")
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+    LlavaForConditionalGeneration.from_pretrained(checkpoint)  # transformers would take it
+    with pytest.raises(CheckpointError, match=r"only pickled weights \(pytorch_model\.bin\)"):
+        HfDecoder(checkpoint, llava_spec.decoder, provider="cpu")
+
+
+def test_pickles_beside_safetensors_are_left_alone(
+    llava_checkpoint: Path, llava_spec: ModelSpec, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(llava_checkpoint, tmp_path / "both")
+    (checkpoint / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    decoder = HfDecoder(checkpoint, llava_spec.decoder, provider="cpu", threads=1)
+    assert len(list(decoder.stream(prompt_of(4), SamplingSettings(max_new_tokens=3)))) == 3
 
 
 def test_closed_decoder(llava_checkpoint: Path, genai_folder: Path, llava_spec: ModelSpec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 from PIL import Image
 
 from holov_export.bundle import Bundle
+from holov_export.runtime.session import Session
+from holov_export.tensors import SamplingSettings
 
 _BLOCKER = """
 import sys
@@ -54,6 +57,31 @@ def test_a_picture_is_seen_without_torch(toy_bundle: Bundle, photographs: list[I
     run = run_without((*HEAVY, "onnxruntime_genai"), program, str(toy_bundle.folder), str(tmp_path / "photo.png"))
     assert run.returncode == 0, run.stderr
     assert run.stdout == "(1, 7, 96) USER: <image>\nwhat? ASSISTANT:\n"
+
+
+def test_a_question_is_answered_without_torch(
+    complete_bundle: Bundle, photographs: list[Image.Image], tmp_path: Path
+) -> None:
+    """An exported graph, an exported decoder and the command line's own default: the answer is the same."""
+    paths = [tmp_path / "0.png", tmp_path / "1.png"]
+    for path, picture in zip(paths, photographs, strict=False):
+        picture.save(path)
+    question, sampling = "which one is red?", SamplingSettings(max_new_tokens=24)
+    program = (
+        "import json\n"
+        "from holov_export import Session\n"
+        "from holov_export.tensors import SamplingSettings\n"
+        "with Session.open(sys.argv[1], provider='cpu', threads=1) as session:\n"
+        f"    answer = session.ask(sys.argv[2:], {question!r}, quota=[9, 4], sampling={sampling!r})\n"
+        "assert not {name.split('.')[0] for name in sys.modules} & BLOCKED\n"
+        "print(json.dumps([answer.text, answer.token_ids, answer.visual_tokens, answer.prompt_tokens]))"
+    )
+    run = run_without(HEAVY, program, str(complete_bundle.folder), *map(str, paths))
+    assert run.returncode == 0, run.stderr
+    with Session.open(complete_bundle, provider="cpu", threads=1) as session:
+        here = session.ask(paths, question, quota=[9, 4], sampling=sampling)
+    assert len(here.token_ids) > 5
+    assert json.loads(run.stdout) == [here.text, list(here.token_ids), [9, 4], here.prompt_tokens]
 
 
 @pytest.mark.parametrize(

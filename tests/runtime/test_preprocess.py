@@ -160,6 +160,21 @@ def test_first_frame_of_an_animation() -> None:
     opened = Image.open(io.BytesIO(stream.getvalue()))
     opened.seek(1)
     assert image_from(opened).getpixel((4, 4)) == (255, 0, 0)
+    assert opened.tell() == 1, "it is the caller's"
+    assert opened.convert("RGB").getpixel((4, 4)) == (0, 255, 0)
+
+
+def test_the_callers_image_is_not_changed() -> None:
+    image = photograph("coffee").convert("RGBA")
+    image.getexif()[0x0112] = 6
+    image.info["comment"] = "mine"
+    before = image.mode, image.size, image.tobytes(), dict(image.info), dict(image.getexif())
+    seen = image_from(image)
+    assert seen.size == image.size[::-1]
+    assert (image.mode, image.size, image.tobytes(), dict(image.info), dict(image.getexif())) == before
+    plain = photograph("coffee")
+    image_from(plain).paste((0, 0, 0), (0, 0, 50, 50))
+    assert plain == photograph("coffee"), "the picture that comes back is not the caller's own"
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "int64"])

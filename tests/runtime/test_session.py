@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from holov_export.bundle import Bundle
 from holov_export.errors import (
     BudgetError,
     BundleError,
+    EnvironmentFaultError,
     ImageError,
     IntegrityError,
     PromptError,
@@ -249,6 +251,68 @@ def test_refusals_pass_through(toy_bundle: Bundle, photographs: list[Image.Image
     with pytest.raises(PromptError, match="1 prompts and images for 2"):
         session.ask_batch([photo, photo], ["a?"])
     assert not decoder.prompts
+
+
+def test_a_wrong_request_loads_no_decoder(toy_bundle: Bundle, photographs: list[Image.Image], tmp_path: Path) -> None:
+    """Loading takes gigabytes and minutes; a typing error in a file name must not cost them."""
+    opened = Session.open(toy_bundle, decoder="none", provider="cpu", threads=1)
+    session = Session(toy_bundle, opened._runner, lambda: pytest.fail("it loaded the decoder"))
+    photo = photographs[0]
+    (tmp_path / "no.png").write_bytes(b"text")
+    with pytest.raises(ImageError, match="does not exist"):
+        session.ask(tmp_path / "none.png", "a?")
+    with pytest.raises(ImageError, match="is not an image"):
+        session.ask_batch([photo, tmp_path / "no.png"], ["a?", "b?"])
+    with pytest.raises(BudgetError, match=r"1\.\.64"):
+        session.ask(photo, "a?", budget=65)
+    with pytest.raises(BudgetError, match="2 quotas for 1 image"):
+        session.ask(photo, "a?", quota=np.array([3, 4]))
+    with pytest.raises(BudgetError, match="quota of image 1 is 0"):
+        session.ask(photo, "a?", quota=[0])
+    with pytest.raises(PromptError, match="no placeholder for 1 image"):
+        session.ask(photo, "what?", raw=True)
+    with pytest.raises(PromptError, match="context of 512"):
+        session.ask(photo, "a? " * 300)
+
+
+def test_the_decoder_is_loaded_before_the_vision_graph_runs_and_outside_the_timings(
+    toy_bundle: Bundle, photographs: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, decoder = reciting(toy_bundle, "yes")
+    events: list[str] = []
+
+    def load() -> RecitingDecoder:
+        events.append("decoder")
+        time.sleep(2)
+        return decoder
+
+    run = opened._runner.run
+    monkeypatch.setattr(opened._runner, "run", lambda *a, **k: events.append("vision") or run(*a, **k))
+    answer = Session(toy_bundle, opened._runner, load).ask(photographs[0], "a?")
+    assert events == ["decoder", "vision"]
+    assert answer.timings.total < 2
+
+
+def test_numpy_quota(toy_bundle: Bundle, photographs: list[Image.Image]) -> None:
+    session, _ = reciting(toy_bundle, "yes")
+    assert session.ask(photographs[:2], "is it?", quota=np.array([3, 11])).visual_tokens == (3, 11)
+    assert session.see(photographs[:2], quota=np.array([5, 2])).counts.tolist() == [5, 2]
+
+
+def test_a_closed_session_loads_nothing(toy_bundle: Bundle, photographs: list[Image.Image]) -> None:
+    session, decoder = reciting(toy_bundle, "yes")
+    session.ask(photographs[0], "a?")
+    session.close()
+    session.close()
+    for use in (
+        lambda: session.decoder,
+        lambda: session.name,
+        lambda: session.ask(photographs[0], "a?"),
+        lambda: session.see(photographs[0]),
+    ):
+        with pytest.raises(EnvironmentFaultError, match="the session is closed"):
+            use()
+    assert len(decoder.prompts) == 1
 
 
 def test_open_refuses(toy_bundle: Bundle, tmp_path: Path) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from holov_export.errors import CheckpointError
+from holov_export.errors import CheckpointError, MissingExtraError
 from holov_export.spec import HolovPolicy, ModelSpec, Precision
 from holov_export.vision.clip import vision_from_checkpoint
-from holov_export.vision.weights import INDEX, SINGLE, SafetensorsReader
+from holov_export.vision.weights import INDEX, SINGLE, SafetensorsReader, shard_of_tensor, shard_path
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -35,7 +36,7 @@ def test_reads_over_shards(shards: Path) -> None:
         assert "d" not in reader
         assert reader.read(["a"]).tolist() == [[0, 1, 2], [3, 4, 5]]
         assert reader.read(["b"]).dtype == torch.float16
-        assert reader.shape("c") == (1000,)
+        assert reader.read(["c"]).shape == (1000,)
 
 
 def test_reads_a_single_file(tmp_path: Path) -> None:
@@ -43,6 +44,40 @@ def test_reads_a_single_file(tmp_path: Path) -> None:
     with SafetensorsReader(tmp_path) as reader:
         assert list(reader) == ["a"]
         assert reader.read(["a"]).tolist() == [1, 1]
+
+
+def test_other_files_are_not_looked_at(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / SINGLE)
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "consolidated.safetensors")
+    save_file({"lora.a": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
+    assert shard_of_tensor(tmp_path) == {"a": SINGLE}
+    (tmp_path / SINGLE).unlink()
+    with pytest.raises(CheckpointError, match="holds no safetensors weights"):
+        shard_of_tensor(tmp_path)
+
+
+def test_the_index_goes_before_the_single_file(shards: Path) -> None:
+    save_file({"old": torch.ones(2)}, shards / SINGLE)
+    assert shard_of_tensor(shards) == {"a": FIRST, "b": FIRST, "c": SECOND}
+
+
+@pytest.mark.parametrize("file", ["../outside.safetensors", "sub/inside.safetensors", "/etc/hostname", "..", ""])
+def test_shards_lie_in_the_folder_itself(file: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    (folder / "sub").mkdir(parents=True)
+    for path in (tmp_path / "outside.safetensors", folder / "sub" / "inside.safetensors"):
+        save_file({"a": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match="is missing from the checkpoint"):
+        shard_path(folder, file)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+    with SafetensorsReader(folder) as reader, pytest.raises(CheckpointError, match="is missing from the checkpoint"):
+        reader.read(["a"])
+
+
+def test_a_missing_package_is_no_damage(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with SafetensorsReader(shards) as reader, pytest.raises(MissingExtraError, match="safetensors"):
+        reader.read(["a"])
 
 
 def test_takes_the_first_name_that_exists(shards: Path) -> None:
@@ -55,7 +90,6 @@ def test_counts_only_what_was_read(shards: Path) -> None:
         assert reader.bytes_read == 0
         reader.read(["a"])
         assert reader.bytes_read == 24
-        reader.shape("c")
         assert "c" in reader
         assert reader.bytes_read == 24
         reader.read(["b"])
@@ -73,8 +107,7 @@ def test_vision_reads_the_tower_and_the_projector_only(llava_checkpoint: Path, l
         module = vision_from_checkpoint(llava_spec, HolovPolicy(), reader, Precision.FP32)
         wanted = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
         assert reader.bytes_read == wanted
-        everything = sum(torch.Size(reader.shape(name)).numel() * 4 for name in reader)
-        assert reader.bytes_read < everything / 2
+        assert reader.bytes_read < (llava_checkpoint / SINGLE).stat().st_size / 2
 
 
 def test_missing_tensor(shards: Path) -> None:
