@@ -39,6 +39,7 @@ from holov_export.spec import (
     Precision,
     SelectionPolicy,
 )
+from holov_export.verify.answers import compare_decoder
 from holov_export.verify.parity import ParityReport
 from holov_export.verify.pictures import default_pictures
 from holov_export.verify.vision_parity import parity_report
@@ -85,13 +86,15 @@ def plan_from_request(request: ExportRequest) -> tuple[ExportPlan, Path]:
         UsageError, EnvironmentFaultError: see `catalog`, `export.checkpoint` and `bundle.check_target`.
     """
     from holov_export.export.checkpoint import config_sha256, spec_from_checkpoint
-    from holov_export.export.decoder_onnx import check_precision
+    from holov_export.export.decoder_onnx import check_language_model, check_precision
 
     if request.decoder is not None:
         check_precision(request.decoder, request.decoder_provider)
     reference = reference_from_name(request.model)
     checkpoint = checkpoint_from_reference(reference, weights=False)
     spec = spec_from_checkpoint(checkpoint.folder, reference.label)
+    if request.decoder is not None:
+        check_language_model(checkpoint.folder, spec.decoder)
     source = CheckpointSource(
         kind=checkpoint.source.kind,
         name=checkpoint.source.name,
@@ -134,8 +137,7 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
         bundle = Bundle(work, _manifest(plan, work, hashed=False))
         report = None
         if request.verify:
-            tell("compare with torch and the reference")
-            report = verify_vision(bundle, checkpoint.folder, default_pictures(), with_transformers=False)
+            report = verify_bundle(bundle, checkpoint.folder, default_pictures(), with_transformers=False, tell=tell)
             _write_report(report, work)
             refuse_if_failed(report)
         tell("hash and write the manifest")
@@ -144,7 +146,7 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
     return Bundle(output, manifest), report
 
 
-def verify_vision(
+def verify_bundle(
     bundle: Bundle,
     checkpoint: Path | None,
     pictures: Sequence[tuple[str, Image.Image]],
@@ -152,16 +154,25 @@ def verify_vision(
     with_transformers: bool = True,
     tell: Tell = silent,
 ) -> ParityReport:
-    """Compare a bundle's vision graph at three budgets: a ninth of the tokens, a single one, and all of them."""
+    """Compare a bundle's vision graph at three budgets (a ninth of the tokens, one, all), and its decoder's answers.
+
+    The decoder is compared with transformers' if the language model is small enough to be held twice.
+    """
     tokens = bundle.manifest.plan.model.vision.tokens
-    return parity_report(
+    report = parity_report(
         bundle,
         pictures,
         checkpoint=checkpoint,
         budgets=sorted({1, max(1, tokens // 9), tokens}),
         with_transformers=with_transformers,
-        tell=tell,
+        tell=lambda name: tell(f"compare: {name}"),
     )
+    if bundle.decoder is None or checkpoint is None:
+        return report
+    tell("compare: decoder")
+    answers, reason = compare_decoder(bundle, checkpoint)
+    skipped = (*report.skipped, *([f"decoder: {reason}"] if reason else []))
+    return report.model_copy(update={"decoder": answers, "skipped": skipped})
 
 
 def refuse_if_failed(report: ParityReport) -> None:
@@ -174,6 +185,12 @@ def refuse_if_failed(report: ParityReport) -> None:
                 f"saliency error {comparison.saliency_error or 0.0:.2e}.",
                 hint="The bundle was not accepted; --no-verify writes it nevertheless.",
             )
+    if report.decoder is not None and not report.decoder.passed:
+        raise ParityError(
+            f"the decoder ({report.decoder.precision.value}) answers {report.decoder.identical} of "
+            f"{report.decoder.prompts} prompts as transformers does and begins {report.decoder.first_token_same} alike.",
+            hint="The bundle was not accepted; --no-verify writes it nevertheless.",
+        )
     if not report.passed:
         raise ParityError("the vision graph was not compared with anything.", hint="; ".join(report.skipped))
 

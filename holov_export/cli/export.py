@@ -136,14 +136,31 @@ def _result(bundle: Bundle, report: ParityReport | None) -> dict[str, Any]:
 
 def _print_result(bundle: Bundle, report: ParityReport | None) -> None:
     if report is not None:
-        OUT.print(parity_table(report))
-        for reason in report.skipped:
-            say(f"not compared: {reason}")
+        print_report(report)
     total = size_text(sum(item.bytes for item in bundle.manifest.artifacts))
-    OUT.print(f"{bundle.folder}  {total}", soft_wrap=True)
+    OUT.print(f"{_shown(bundle.folder)}  {total}", soft_wrap=True)
 
 
-def parity_table(report: ParityReport) -> Any:
+def _shown(path: Path) -> Path:
+    """Relative to the working directory where it lies inside, as the user would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def print_report(report: ParityReport) -> None:
+    """The comparisons on stdout, what could not be compared on stderr."""
+    OUT.print(_parity_table(report))
+    answers = report.decoder
+    if answers is not None:
+        OUT.print(
+            f"decoder {answers.precision.value} = transformers: {answers.identical} of {answers.prompts} answers of "
+            f"{answers.new_tokens} tokens identical, {answers.first_token_same} begin alike  "
+            f"{'ok' if answers.passed else 'FAILED'}"
+        )
+    for reason in report.skipped:
+        say(f"not compared: {reason}")
+
+
+def _parity_table(report: ParityReport) -> Any:
     """The comparisons of a report, one line each."""
     made = table(
         "compared",

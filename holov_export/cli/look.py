@@ -9,12 +9,12 @@ from rich.text import Text
 
 from holov_export.bundle import Bundle, open_bundle
 from holov_export.catalog import CATALOG
-from holov_export.cli.console import OUT, print_json, progress, say, size_text, table
-from holov_export.cli.export import parity_table
+from holov_export.cli.console import OUT, print_json, progress, size_text, table
+from holov_export.cli.export import print_report
 from holov_export.cli.options import UserPath, bundle_argument, json_option
 from holov_export.doctor import examine
 from holov_export.errors import ImageError
-from holov_export.pipeline import checkpoint_of, refuse_if_failed, verify_vision
+from holov_export.pipeline import checkpoint_of, refuse_if_failed, verify_bundle
 from holov_export.spec import POLICIES, FeatureSource
 from holov_export.verify.pictures import default_pictures
 
@@ -72,13 +72,11 @@ def verify(
         raise ImageError("no picture to compare on.", hint="Name some with --image.")
     folder = checkpoint_of(opened, checkpoint)
     with progress() as tell:
-        report = verify_vision(opened, folder, pictures, with_transformers=not no_transformers, tell=tell)
+        report = verify_bundle(opened, folder, pictures, with_transformers=not no_transformers, tell=tell)
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
-        OUT.print(parity_table(report))
-    for reason in report.skipped:
-        say(f"not compared: {reason}")
+        print_report(report)
     refuse_if_failed(report)
 
 

@@ -46,12 +46,18 @@ class HfDecoder:
             self._torch.set_num_threads(threads)
         dtype = "auto" if self._device == "cuda" else self._torch.float32
         shard_of_tensor(checkpoint)  # says what is wrong with the weights where transformers names a missing file
+        bars = transformers.utils.logging
+        shown = bars.is_progress_bar_enabled()
+        bars.disable_progress_bar()
         try:
             model = transformers.LlavaForConditionalGeneration.from_pretrained(
                 checkpoint, dtype=dtype, local_files_only=True, use_safetensors=True
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"transformers cannot load '{checkpoint.name}': {error}") from error
+        finally:
+            if shown:
+                bars.enable_progress_bar()
         self._model: Any = model.eval().to(self._device)
         self._spec = spec
         self.name = f"transformers {transformers.__version__} ({self._device})"

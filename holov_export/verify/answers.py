@@ -19,8 +19,9 @@ from holov_export.runtime.decoder import Decoder
 from holov_export.runtime.decoder_genai import GenaiDecoder
 from holov_export.runtime.decoder_hf import HfDecoder
 from holov_export.runtime.stitch import PromptEncoder, prompt_encoder_from_tokenizer, stitch
-from holov_export.spec import DecoderPrecision, Frozen
+from holov_export.spec import DecoderPrecision
 from holov_export.tensors import FloatArray, SamplingSettings, StitchedPrompt
+from holov_export.verify.parity import DecoderComparison
 
 #: a larger language model is not compared: transformers holds it in float32, twice its size on disk or more
 LIMIT_BYTES = 3_000_000_000
@@ -28,24 +29,6 @@ _QUESTIONS = (("what is shown?", 1), ("how many are there, and which is red?", 2
 _ROWS = 16
 _SAMPLED_WORDS = 4096
 _NEEDED = ("torch", "transformers", "safetensors", "onnxruntime", "onnxruntime_genai", "tokenizers", "jinja2")
-
-
-class DecoderComparison(Frozen):
-    """How a bundle's decoder and transformers answered the same prompts.
-
-    Attributes:
-        precision: of the decoder; transformers computes in float32.
-        prompts: how many there were. new_tokens: the most tokens of one answer.
-        identical: answers with the same tokens from the first to the last. first_token_same: with the same first one.
-        passed: fp32 must be identical everywhere and fp16 begin alike everywhere; int4 is reported, not judged.
-    """
-
-    precision: DecoderPrecision
-    prompts: int
-    new_tokens: int
-    identical: int
-    first_token_same: int
-    passed: bool
 
 
 def compare_decoder(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from holov_export.spec import Frozen, Precision
+from holov_export.spec import DecoderPrecision, Frozen, Precision
 from holov_export.tensors import VisualTokens
 
 
@@ -69,11 +69,30 @@ class Comparison(Frozen):
     passed: bool
 
 
+class DecoderComparison(Frozen):
+    """How a bundle's decoder and transformers answered the same prompts.
+
+    Attributes:
+        precision: of the decoder; transformers computes in float32.
+        prompts: how many there were. new_tokens: the most tokens of one answer.
+        identical: answers with the same tokens from the first to the last. first_token_same: with the same first one.
+        passed: fp32 must be identical everywhere and fp16 begin alike everywhere; int4 is reported, not judged.
+    """
+
+    precision: DecoderPrecision
+    prompts: int
+    new_tokens: int
+    identical: int
+    first_token_same: int
+    passed: bool
+
+
 class ParityReport(Frozen):
     """All comparisons of one bundle; goes to `reports/parity.json`.
 
     Attributes:
         pictures: names of the pictures. skipped: what could not be compared here, with the reason.
+        decoder: how the embedded decoder answered, None if it was not asked.
     """
 
     precision: Precision
@@ -81,12 +100,14 @@ class ParityReport(Frozen):
     pictures: tuple[str, ...]
     comparisons: tuple[Comparison, ...]
     skipped: tuple[str, ...] = ()
+    decoder: DecoderComparison | None = None
 
     @property
     def passed(self) -> bool:
         """True if the graph itself took part and every comparison is within its tolerance."""
         ran = any(comparison.left.startswith("onnxruntime") for comparison in self.comparisons)
-        return ran and all(comparison.passed for comparison in self.comparisons)
+        decoder = self.decoder is None or self.decoder.passed
+        return ran and decoder and all(comparison.passed for comparison in self.comparisons)
 
 
 def compare(

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from checkpoints import TinyLlava, write_checkpoint
 from toys import write_toy_bundle
@@ -59,11 +60,15 @@ def test_a_head_taken_out_of_an_early_layer_fails(tmp_path: Path, monkeypatch: p
     assert not compared(bundle, checkpoint).passed
 
 
-def test_rows_in_the_wrong_places_fail(answering_bundle: Bundle, llava_checkpoint: Path, tmp_path: Path) -> None:
-    """An embedding graph that replaces another token's embedding: only prompts with pictures can tell."""
+def test_rows_that_are_changed_on_their_way_fail(
+    answering_bundle: Bundle, llava_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The decoder's own vision graph negates the rows: only the prompts with pictures can tell."""
     folder = shutil.copytree(answering_bundle.folder, tmp_path / "bundle")
-    table = language_tensors(llava_checkpoint)[EMBEDDING]
-    decoder_onnx._write_embedding_graph(folder / "decoder" / "embedding.onnx", table, 411, 1)
+    graph = onnx.load(folder / "decoder" / "vision.onnx")
+    graph.graph.node[0].op_type = "Neg"
+    del graph.graph.node[0].attribute[:]
+    onnx.save(graph, folder / "decoder" / "vision.onnx")
     comparison = compared(Bundle(folder, answering_bundle.manifest), llava_checkpoint)
     assert not comparison.passed
     assert comparison.identical == 1
@@ -91,9 +96,9 @@ def test_other_precisions(
 
 def test_what_is_judged() -> None:
     same, late, early = ([1, 2], [1, 2]), ([1, 2], [1, 3]), ([1, 2], [3, 2])
-    cases = {(FP32, late): False, (FP16, late): True, (FP16, early): False, (INT4, early): True}
-    for (precision, pair), passed in cases.items():
-        assert answers._judged(precision, [same, pair], 2).passed is passed  # type: ignore[list-item]
+    cases = ((FP32, late, False), (FP16, late, True), (FP16, early, False), (INT4, early, True))
+    for precision, pair, passed in cases:
+        assert answers._judged(precision, [same, pair], 2).passed is passed
     assert not answers._judged(FP32, [], 2).passed
     assert not answers._judged(INT4, [], 2).passed
 

@@ -268,7 +268,7 @@ def test_a_wrong_request_loads_no_decoder(toy_bundle: Bundle, photographs: list[
     with pytest.raises(BudgetError, match="2 quotas for 1 image"):
         session.ask(photo, "a?", quota=np.array([3, 4]))
     with pytest.raises(BudgetError, match="quota of image 1 is 0"):
-        session.ask(photo, "a?", quota=[0])
+        session.ask(photo, "a?", budget=4, quota=[0])
     with pytest.raises(PromptError, match="no placeholder for 1 image"):
         session.ask(photo, "what?", raw=True)
     with pytest.raises(PromptError, match="context of 512"):
