@@ -188,7 +188,7 @@ def refuse_if_failed(report: ParityReport) -> None:
     if report.decoder is not None and not report.decoder.passed:
         raise ParityError(
             f"the decoder ({report.decoder.precision.value}) answers {report.decoder.identical} of "
-            f"{report.decoder.prompts} prompts as transformers does and begins {report.decoder.first_token_same} alike.",
+            f"{report.decoder.prompts} prompts as transformers does, begins {report.decoder.first_token_same} alike.",
             hint="The bundle was not accepted; --no-verify writes it nevertheless.",
         )
     if not report.passed:

@@ -140,8 +140,9 @@ def encoder_table() -> str:
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     note = (
         f"CLIP ViT-L/14-336 and LLaVA-1.5-7B's projector, random weights, {result['threads']} thread on a "
-        f"{result['machine']['cpu']}, medians of interleaved runs, {result['date'][:10]} (`scripts/bench_encoder`). The "
-        "official way is eager attention with all maps returned, the projector on all 576 tokens and the published loop."
+        f"{result['machine']['cpu']}, medians of interleaved runs, {result['date'][:10]} (`scripts/bench_encoder`). "
+        "The official way is eager attention with all maps returned, the projector on all 576 tokens and the "
+        "published loop."
     )
     if result.get("note"):
         note += f" Note: {result['note']}."
@@ -161,7 +162,7 @@ def prefill_table() -> str:
         lines.append(f"| {precision} | " + " | ".join(cells) + " |")
     note = (
         f"A random LLaMA of {result['layers']} layers and width {result['width']} in ONNX Runtime GenAI, "
-        f"{result['threads']} threads on a {result['machine']['cpu']}, medians of {result['repeats']} interleaved runs, "
+        f"{result['threads']} threads on a {result['machine']['cpu']}, medians of {result['repeats']} runs, "
         f"{result['date'][:10]} (`scripts/bench_prefill`)."
     )
     return "\n".join([*lines, "", note])

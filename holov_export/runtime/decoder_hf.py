@@ -45,6 +45,8 @@ class HfDecoder:
         if threads is not None:
             self._torch.set_num_threads(threads)
         dtype = "auto" if self._device == "cuda" else self._torch.float32
+        if not (checkpoint / "config.json").is_file():  # transformers would make up a model of 7 B parameters
+            raise CheckpointError(f"'{checkpoint.name}' has no config.json.", hint="A Hugging Face model is expected.")
         shard_of_tensor(checkpoint)  # says what is wrong with the weights where transformers names a missing file
         bars = transformers.utils.logging
         shown = bars.is_progress_bar_enabled()

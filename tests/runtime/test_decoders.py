@@ -225,10 +225,14 @@ def test_cuda_that_is_not_there(llava_checkpoint: Path, genai_folder: Path, llav
 def test_folders_that_hold_no_decoder(tmp_path: Path, llava_spec: ModelSpec) -> None:
     with pytest.raises(BundleError, match=r"has no genai_config\.json"):
         GenaiDecoder(tmp_path, llava_spec.decoder)
-    with pytest.raises(CheckpointError, match="holds no safetensors weights"):
-        HfDecoder(tmp_path, llava_spec.decoder, provider="cpu")
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        HfDecoder(tmp_path, llava_spec.decoder, provider="cpu")
+    (tmp_path / "config.json").write_text('{"model_type": ')
     with pytest.raises(CheckpointError, match="transformers cannot load"):
+        HfDecoder(tmp_path, llava_spec.decoder, provider="cpu")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="holds no safetensors weights"):
         HfDecoder(tmp_path, llava_spec.decoder, provider="cpu")
 
 
