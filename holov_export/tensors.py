@@ -119,19 +119,20 @@ class SamplingSettings:
 class Timings:
     """Wall-clock seconds of each stage of one answer.
 
-    `ttft` is the time from the call to the first generated token: preprocess + vision + stitch + prefill.
-    `decode` starts after the first token.
+    `ttft` is the time from the call to the first generated token: all stages before `decode`, which starts after it.
+    `setup` is what the decoder prepares for every prompt, whatever its length (GenAI makes a generator).
     """
 
     preprocess: float
     vision: float
     stitch: float
+    setup: float
     prefill: float
     decode: float
 
     @property
     def ttft(self) -> float:
-        return self.preprocess + self.vision + self.stitch + self.prefill
+        return self.preprocess + self.vision + self.stitch + self.setup + self.prefill
 
     @property
     def total(self) -> float:

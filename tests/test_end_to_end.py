@@ -149,7 +149,7 @@ def test_fewer_tokens_make_different_answers_than_none_would(session: Session, p
 
 def test_timings_add_up(session: Session, photographs: list[Image.Image]) -> None:
     times = session.ask(photographs[0], PROMPTS[0], budget=16, sampling=GREEDY).timings
-    stages = (times.preprocess, times.vision, times.stitch, times.prefill, times.decode)
+    stages = (times.preprocess, times.vision, times.stitch, times.setup, times.prefill, times.decode)
     assert all(stage > 0 for stage in stages)
     assert np.isclose(times.total, sum(stages))
     assert times.ttft < times.total

@@ -83,6 +83,14 @@ def test_a_layout_that_cannot_be_exported_says_so(copy: Path, tmp_path: Path, ch
         export_bundle(request(copy, tmp_path / "bundle"))
 
 
+def test_a_config_that_makes_no_sense(copy: Path, tmp_path: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["hidden_size"] = "wide"
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="config"):
+        export_bundle(request(copy, tmp_path / "bundle"))
+
+
 def test_config_that_contradicts_the_weights(copy: Path, tmp_path: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["vision_config"]["intermediate_size"] += 8

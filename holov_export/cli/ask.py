@@ -122,6 +122,7 @@ def answer_json(answer: Generation) -> dict[str, Any]:
             "preprocess": times.preprocess * 1e3,
             "vision": times.vision * 1e3,
             "stitch": times.stitch * 1e3,
+            "setup": times.setup * 1e3,
             "prefill": times.prefill * 1e3,
             "decode": times.decode * 1e3,
             "ttft": times.ttft * 1e3,
@@ -137,6 +138,7 @@ def _timing_line(answer: Generation) -> str:
         for name, seconds in (
             ("preprocess", times.preprocess),
             ("vision", times.vision),
+            ("setup", times.setup),
             ("prefill", times.prefill),
             ("decode", times.decode),
             ("TTFT", times.ttft),

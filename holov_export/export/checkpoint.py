@@ -41,7 +41,7 @@ def spec_from_checkpoint(folder: Path, name: str) -> ModelSpec:
             hint="holov-export models lists what is supported.",
         )
     try:
-        parsed = require("transformers").LlavaConfig.from_dict(config)
+        parsed = _parsed(config, name)
         return ModelSpec(
             family="llava",
             name=name,
@@ -52,6 +52,15 @@ def spec_from_checkpoint(folder: Path, name: str) -> ModelSpec:
         )
     except (ValidationError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the configuration of '{name}' is not usable: {error}") from error
+
+
+def _parsed(config: dict[str, Any], name: str) -> Any:
+    """transformers' LlavaConfig, which knows the defaults."""
+    transformers = require("transformers")
+    try:
+        return transformers.LlavaConfig.from_dict(config)
+    except Exception as error:  # transformers' validation raises types of its own
+        raise CheckpointError(f"config.json of '{name}' is refused by transformers: {error}") from error
 
 
 def config_sha256(folder: Path) -> str:

@@ -30,6 +30,8 @@ class Decoder(Protocol):
     def stream(self, prompt: StitchedPrompt, sampling: SamplingSettings) -> Iterator[int]:
         """New token ids, one at a time, as they are made.
 
+        The call prepares what does not depend on the prompt's length, the first `next` prefills.
+
         Ends before `max_new_tokens` only because of an end token or one of `sampling.stop_token_ids`, which is not
         yielded. Closing the iterator early frees what it holds.
 

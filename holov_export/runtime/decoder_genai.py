@@ -75,34 +75,38 @@ class GenaiDecoder:
         check_sampling(sampling)
         if self._model is None:
             raise EnvironmentFaultError("the decoder is closed.")
-        return self._tokens(self._generator(prompt, sampling), sampling)
+        return self._tokens(self._generator(prompt, sampling), self._inputs(prompt), sampling)
 
     def _generator(self, prompt: StitchedPrompt, sampling: SamplingSettings) -> Any:
-        """A GenAI generator that has taken the prompt.
-
-        Source of the input names: onnxruntime-genai 0.18 src/models/multi_modal.cpp, for the type "phi3v".
-        """
+        """A GenAI generator with room for the prompt and its answer."""
         genai = self._genai
         settings = genai.GeneratorParams(self._model)
         settings.set_search_options(
             max_length=len(prompt) + sampling.max_new_tokens, **_search(sampling, self._spec.vocab_size)
         )
-        inputs = genai.NamedTensors()
+        try:
+            return genai.Generator(self._model, settings)
+        except RuntimeError as error:
+            raise EnvironmentFaultError(f"ONNX Runtime GenAI failed: {error}") from error
+
+    def _inputs(self, prompt: StitchedPrompt) -> Any:
+        """The prompt as GenAI's named tensors.
+
+        Source of the names: onnxruntime-genai 0.18 src/models/multi_modal.cpp, for the type "phi3v".
+        """
+        inputs = self._genai.NamedTensors()
         inputs["input_ids"] = prompt.input_ids[None].astype(np.int32)
         # float32 whatever the decoder is: its vision graph casts, and numpy has no bfloat16
         inputs["pixel_values"] = np.ascontiguousarray(prompt.rows, dtype=np.float32).reshape(-1, self._spec.width)
         inputs["num_image_tokens"] = np.array([len(prompt.rows)], dtype=np.int64)
-        try:
-            generator = genai.Generator(self._model, settings)
-            generator.set_inputs(inputs)
-        except RuntimeError as error:
-            raise EnvironmentFaultError(f"ONNX Runtime GenAI failed: {error}") from error
-        return generator
+        return inputs
 
-    def _tokens(self, generator: Any, sampling: SamplingSettings) -> Iterator[int]:
+    def _tokens(self, generator: Any, inputs: Any, sampling: SamplingSettings) -> Iterator[int]:
         ends = end_tokens(self._spec, sampling)
-        for _ in range(sampling.max_new_tokens):
+        for number in range(sampling.max_new_tokens):
             try:
+                if number == 0:
+                    generator.set_inputs(inputs)  # this prefills
                 generator.generate_next_token()
             except RuntimeError as error:
                 raise EnvironmentFaultError(f"ONNX Runtime GenAI failed: {error}") from error

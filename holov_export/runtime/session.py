@@ -265,7 +265,8 @@ class Session:
                 preprocess=stages.preprocess,
                 vision=stages.vision,
                 stitch=stitched - began,
-                prefill=answer.first - stitched,
+                setup=answer.ready - stitched,
+                prefill=answer.first - answer.ready,
                 decode=ended - answer.first,
             ),
         )
@@ -293,11 +294,12 @@ class Session:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """What a decoder gave; `first` is the perf_counter time of the first token."""
+    """What a decoder gave; perf_counter times when it was ready to prefill and when the first token was there."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
+    ready: float
     first: float
 
 
@@ -318,7 +320,9 @@ def _decoded(
 
     ids: list[int] = []
     first: float | None = None
-    for token in decoder.stream(prompt, sampling):
+    tokens = decoder.stream(prompt, sampling)
+    ready = perf_counter()
+    for token in tokens:
         first = perf_counter() if first is None else first
         give(stream.push(token))
         if stream.stopped:
@@ -326,7 +330,7 @@ def _decoded(
         ids.append(token)
     give(stream.finish())
     reason = "length" if len(ids) >= sampling.max_new_tokens and not stream.stopped else "stop"
-    return _Decoded("".join(pieces), tuple(ids), reason, perf_counter() if first is None else first)
+    return _Decoded("".join(pieces), tuple(ids), reason, ready, perf_counter() if first is None else first)
 
 
 def _within_context(sampling: SamplingSettings, room: int) -> SamplingSettings:

@@ -214,10 +214,10 @@ def test_answer_without_a_token(toy_bundle: Bundle, photographs: list[Image.Imag
 
 def test_timings(session: Session, photographs: list[Image.Image]) -> None:
     timings = session.ask(photographs[0], "what is this?", sampling=SHORT).timings
-    parts = (timings.preprocess, timings.vision, timings.stitch, timings.prefill, timings.decode)
+    parts = (timings.preprocess, timings.vision, timings.stitch, timings.setup, timings.prefill, timings.decode)
     assert all(part > 0 for part in parts)
     assert timings.total == pytest.approx(sum(parts))
-    assert timings.ttft == pytest.approx(sum(parts[:4]))
+    assert timings.ttft == pytest.approx(sum(parts[:5]))
     assert timings.total < 30
 
 
