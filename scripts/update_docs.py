@@ -62,7 +62,8 @@ def blocks() -> dict[str, str]:
 
 def demo_output() -> str:
     """What `./scripts/demo` printed in a fresh clone (it writes `transcript.txt` beside its bundle)."""
-    return f"```\n{(RESULTS / 'demo-transcript.txt').read_text(encoding='utf-8').strip()}\n```"
+    lines = (RESULTS / "demo-transcript.txt").read_text(encoding="utf-8").strip().splitlines()
+    return "\n".join(["```", *(line.rstrip() for line in lines), "```"])
 
 
 def replaced(text: str, name: str, block: str) -> str:
@@ -115,7 +116,7 @@ def answers_table() -> str:
         lines.append(f"| `{label}` | " + " | ".join(cells) + " |")
     note = (
         f"{result['questions']} questions on {result['scenes']} held-out scenes, % right [95 % interval, bootstrapped "
-        f"over scenes]; ONNX Runtime and GenAI in float32 on a {result['machine']['cpu']}, {result['date'][:10]}."
+        f"over scenes]; ONNX Runtime and GenAI in float32 on {result['machine']['cpu']}, {result['date'][:10]}."
     )
     return "\n".join([*lines, "", note])
 
@@ -139,14 +140,23 @@ def encoder_table() -> str:
             cells.append(f"{value:.2%}" if title.startswith("share") else f"{value:.2f}")
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     note = (
-        f"CLIP ViT-L/14-336 and LLaVA-1.5-7B's projector, random weights, {result['threads']} thread on a "
+        f"CLIP ViT-L/14-336 and LLaVA-1.5-7B's projector, random weights, {result['threads']} thread on "
         f"{result['machine']['cpu']}, medians of interleaved runs, {result['date'][:10]} (`scripts/bench_encoder`). "
         "The official way is eager attention with all maps returned, the projector on all 576 tokens and the "
         "published loop."
     )
     if result.get("note"):
         note += f" Note: {result['note']}."
-    return "\n".join([*lines, "", note])
+    wide, alone = read("encoder-cpu-mkl-avx512.json")["batches"], read("encoder-ort-cpu.json")["batches"]
+    first, second = rows["the official way / ours, torch"], rows["ours / plain encoder without selection, ONNX Runtime"]
+    more = (
+        "How much the official way loses depends on how fast torch multiplies matrices: with MKL told to use its AVX-512 "
+        f"kernels on this processor the first row is {wide['1']['ratios'][first.format(64)]:.2f} (B=1) and "
+        f"{wide['4']['ratios'][first.format(64)]:.2f} (B=4) at K=64. A longer run of ONNX Runtime alone gave "
+        f"{alone['1']['ratios'][second.format(64)]:.3f} and {alone['4']['ratios'][second.format(64)]:.3f} in the second "
+        "row at K=64; the runs scatter by some percent."
+    )
+    return "\n".join([*lines, "", note, "", more])
 
 
 def prefill_table() -> str:
@@ -162,7 +172,7 @@ def prefill_table() -> str:
         lines.append(f"| {precision} | " + " | ".join(cells) + " |")
     note = (
         f"A random LLaMA of {result['layers']} layers and width {result['width']} in ONNX Runtime GenAI, "
-        f"{result['threads']} threads on a {result['machine']['cpu']}, medians of {result['repeats']} runs, "
+        f"{result['threads']} threads on {result['machine']['cpu']}, medians of {result['repeats']} runs, "
         f"{result['date'][:10]} (`scripts/bench_prefill`)."
     )
     return "\n".join([*lines, "", note])
@@ -172,7 +182,7 @@ def true_size_table() -> str:
     """Time and memory of exporting the vision graph of a checkpoint of LLaVA-1.5-7B's size."""
     result = read("true-size-export.json")
     names = {"cli": "`--no-verify`", "cli-verified": "with the parity check"}
-    lines = ["| export | precision | seconds | peak memory | read from the checkpoint |", "|---|---|---|---|---|"]
+    lines = ["| export | precision | seconds | peak memory | read from disk |", "|---|---|---|---|---|"]
     for row in result["exports"]:
         if row["route"] in names:
             peak, disk = row["peak_rss_bytes"] / 1e9, row["disk_bytes_read"] / 1e9
@@ -180,7 +190,7 @@ def true_size_table() -> str:
                 f"| {names[row['route']]} | {row['precision']} | {row['seconds']:.0f} | {peak:.2f} GB | {disk:.2f} GB |"
             )
     note = (
-        f"Vision graph of a {result['checkpoint_apparent_bytes'] / 1e9:.1f} GB directory with random weights on a "
+        f"Vision graph of a {result['checkpoint_apparent_bytes'] / 1e9:.1f} GB directory with random weights on "
         f"{result['machine']['cpu']}, {result['date'][:10]} (`scripts/check_true_size`)."
     )
     return "\n".join([*lines, "", note])
