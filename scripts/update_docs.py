@@ -148,13 +148,14 @@ def encoder_table() -> str:
     if result.get("note"):
         note += f" Note: {result['note']}."
     wide, alone = read("encoder-cpu-mkl-avx512.json")["batches"], read("encoder-ort-cpu.json")["batches"]
-    first, second = rows["the official way / ours, torch"], rows["ours / plain encoder without selection, ONNX Runtime"]
+    first = rows["the official way / ours, torch"]
+    second = rows["ours / plain encoder without selection, ONNX Runtime"]
     more = (
-        "How much the official way loses depends on how fast torch multiplies matrices: with MKL told to use its AVX-512 "
-        f"kernels on this processor the first row is {wide['1']['ratios'][first.format(64)]:.2f} (B=1) and "
+        "How much the official way loses depends on how fast torch multiplies matrices: with MKL told to use its "
+        f"AVX-512 kernels on this processor the first row is {wide['1']['ratios'][first.format(64)]:.2f} (B=1) and "
         f"{wide['4']['ratios'][first.format(64)]:.2f} (B=4) at K=64. A longer run of ONNX Runtime alone gave "
-        f"{alone['1']['ratios'][second.format(64)]:.3f} and {alone['4']['ratios'][second.format(64)]:.3f} in the second "
-        "row at K=64; the runs scatter by some percent."
+        f"{alone['1']['ratios'][second.format(64)]:.3f} and {alone['4']['ratios'][second.format(64)]:.3f} in the "
+        "second row at K=64; the runs scatter by some percent."
     )
     return "\n".join([*lines, "", note, "", more])
 
