@@ -74,9 +74,6 @@ class Manifest(Frozen):
     artifacts: tuple[Artifact, ...]
     provenance: Provenance
 
-    def artifact(self, path: str) -> Artifact | None:
-        return next((item for item in self.artifacts if item.path == path), None)
-
 
 @dataclass(frozen=True)
 class Bundle:

@@ -133,13 +133,6 @@ class TestManifest:
             "vision.onnx.data": "weights",
         }
 
-    def test_artifact_by_path(self, target: Path) -> None:
-        manifest = read_manifest(target)
-        found = manifest.artifact("vision.onnx")
-        assert found is not None
-        assert found.bytes == 3
-        assert manifest.artifact("nothing") is None
-
     def test_decoder_folder_only_if_planned(self, target: Path) -> None:
         manifest = read_manifest(target)
         assert Bundle(target, manifest).decoder is None

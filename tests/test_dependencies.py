@@ -22,7 +22,7 @@ CHECKOUT = PACKAGE.parent
 #: everything that an extra installs
 BLOCKED = sorted({*EXTRA_OF_MODULE, "scipy", "skimage", "sklearn", "triton", "vllm"})
 #: packages of which every module is light, and single light modules
-LIGHT_PACKAGES = ("cli", "compile", "runtime")
+LIGHT_PACKAGES = ("cli", "runtime")
 LIGHT_MODULES = (
     "holov_export",
     "holov_export.assets",
