@@ -19,7 +19,6 @@ from holov_export import catalog
 from holov_export.bundle import Bundle, open_bundle
 from holov_export.cli import cli, run
 from holov_export.cli.console import progress
-from holov_export.errors import EnvironmentFaultError
 from holov_export.spec import POLICIES
 
 
@@ -402,10 +401,6 @@ def test_hf_answers_from_the_exported_checkpoint_only(
 
 
 def test_hf_finds_the_demo_checkpoint(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        catalog.reference_from_name("demo")
-    except EnvironmentFaultError:
-        pytest.skip("the demo model has not been trained in this checkout")
     assert run(["--model", "demo", "--no-decoder", "--no-verify", "-o", str(tmp_path / "demo")]) == 0
     capsys.readouterr()
     assert run(["ask", str(tmp_path / "demo"), str(photo), "what?", "--decoder", "hf", "--json"]) == 0
