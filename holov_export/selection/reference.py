@@ -74,7 +74,8 @@ def official_quotas(saliency: Saliency, quota: int, crops: tuple[Int64Array, ...
     """Tokens that the published code allots to each crop; their sum is `quota`, a crop may get more than it has.
 
     The published score of a crop is mean(1e3 A + 0.09 V mean(1e3 A) / mean(V)) = 1.09e3 mean(A) for attention A and
-    similarity variance V, so features do not influence it. A crop of one token is scored without the factor.
+    similarity variance V, so features do not influence it (mean(V) must be well above the published 1e-6, which only
+    almost orthogonal tokens come near). A crop of one token is scored without the factor.
     Source: obananas/HoloV llava/model/utils.py@1d2e65e.
     """
     scores = np.array(
