@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import importlib.metadata
 import platform
 import sys
@@ -11,6 +9,7 @@ from typing import Literal
 
 from holov_export import __version__
 from holov_export.extras import EXTRA_OF_MODULE, is_installed, require
+from holov_export.gpu import NoGpu, probe
 from holov_export.spec import Frozen
 
 #: import name -> names it may be distributed under
@@ -65,17 +64,9 @@ def _providers() -> Finding:
 
 
 def _cuda() -> Finding:
-    """Ask the driver itself (cuInit): TensorRT kills the process when there is no driver."""
-    name = "nvcuda.dll" if sys.platform == "win32" else ctypes.util.find_library("cuda") or "libcuda.so.1"
-    try:
-        driver = ctypes.CDLL(name)
-    except OSError:
-        return Finding(subject="CUDA driver", state="missing", found="-", advice="needed for GPU engines only")
-    code = int(driver.cuInit(0))
-    if code != 0:
-        return Finding(subject="CUDA driver", state="fault", found=f"cuInit returned {code}", advice="see nvidia-smi")
-    version = ctypes.c_int()
-    driver.cuDriverGetVersion(ctypes.byref(version))
-    return Finding(
-        subject="CUDA driver", state="ok", found=f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
-    )
+    """Ask the driver itself: TensorRT kills the process when there is none."""
+    found = probe()
+    if isinstance(found, NoGpu):
+        return Finding(subject="GPU", state="missing", found=found.reason, advice="needed for GPU engines only")
+    memory = f"{found.memory_bytes / 2**30:.0f} GiB{' shared' if found.integrated else ''}"
+    return Finding(subject="GPU", state="ok", found=f"{found.name}, sm_{found.sm}, {memory}, CUDA {found.cuda}")

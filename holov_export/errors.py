@@ -8,12 +8,14 @@
     │   ├── ImageError              an image cannot be read or is refused
     │   ├── BudgetError             a token budget or quota outside its range
     │   ├── PromptError             placeholders and images differ, an empty prompt, a prompt past the context
-    │   └── BundleError             a folder is no bundle, or of a newer schema, or lacks a part
+    │   ├── BundleError             a folder is no bundle, or of another schema, or lacks a part
+    │   └── EngineError             an engine is for another GPU, TensorRT, graph or shape
     ├── CheckFailedError (exit code 1): something ran and the result is not good enough
     │   ├── IntegrityError          a file differs from the hash in the manifest
     │   └── ParityError             two back ends disagree by more than the tolerance
     └── EnvironmentFaultError (exit code 3): this machine lacks something
         ├── MissingExtraError       a Python package; the message names the pip line
+        ├── HardwareError           no usable GPU or driver
         ├── NetworkError            the model hub cannot be reached
         └── StorageError            a folder is read-only, the disk is full, another export holds the lock
 
@@ -27,7 +29,9 @@ __all__ = [
     "BundleError",
     "CheckFailedError",
     "CheckpointError",
+    "EngineError",
     "EnvironmentFaultError",
+    "HardwareError",
     "HolovExportError",
     "ImageError",
     "IntegrityError",
@@ -87,7 +91,11 @@ class PromptError(UsageError):
 
 
 class BundleError(UsageError):
-    """A folder is no bundle, or of a newer schema, or lacks a part."""
+    """A folder is no bundle, or of another schema, or lacks a part."""
+
+
+class EngineError(UsageError):
+    """An engine is for another GPU, TensorRT, graph or shape."""
 
 
 class CheckFailedError(HolovExportError):
@@ -112,6 +120,10 @@ class EnvironmentFaultError(HolovExportError):
 
 class MissingExtraError(EnvironmentFaultError):
     """A Python package is not installed; the message names the pip line."""
+
+
+class HardwareError(EnvironmentFaultError):
+    """No usable GPU or driver."""
 
 
 class NetworkError(EnvironmentFaultError):

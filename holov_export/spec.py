@@ -114,12 +114,17 @@ class DecoderSpec(Frozen):
     """The language model, as far as a runtime must know it.
 
     Attributes:
-        width: D. context: longest sequence. image_token_id: the placeholder in `input_ids`.
+        width: D. heads, kv_heads, head_width: of its attention. mlp_width: of its gated MLP.
+        context: longest sequence. image_token_id: the placeholder in `input_ids`.
     """
 
     architecture: str
     width: int = Field(ge=1)
     layers: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    head_width: int = Field(ge=1)
+    mlp_width: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     context: int = Field(ge=1)
     image_token_id: int = Field(ge=0)

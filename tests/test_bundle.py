@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import pytest
 
-from holov_export import bundle as bundle_module
+from holov_export import storage
 from holov_export.bundle import (
     MANIFEST,
     SCHEMA,
@@ -67,6 +67,10 @@ def plan(decoder: DecoderPrecision | None = None) -> ExportPlan:
                 architecture="llama",
                 width=40,
                 layers=2,
+                heads=4,
+                kv_heads=2,
+                head_width=10,
+                mlp_width=56,
                 vocab_size=99,
                 context=128,
                 image_token_id=3,
@@ -159,7 +163,15 @@ class TestOpening:
             open_bundle(target)
         assert caught.value.exit_code == 2
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 1}', '{"schema_version": null}'])
+    def test_older_schema_says_export_again(self, target: Path) -> None:
+        raw = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        raw["schema_version"] = SCHEMA - 1
+        (target / MANIFEST).write_text(json.dumps(raw), encoding="utf-8")
+        with pytest.raises(BundleError, match="older") as caught:
+            open_bundle(target)
+        assert "Export it again" in caught.value.hint
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 2}', '{"schema_version": null}'])
     def test_manifest_that_does_not_parse(self, target: Path, text: str) -> None:
         (target / MANIFEST).write_text(text, encoding="utf-8")
         with pytest.raises(IntegrityError, match="does not parse"):
@@ -231,7 +243,7 @@ class TestWriting:
     @pytest.mark.parametrize("exchange", [True, False])
     def test_overwrite(self, target: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         if not exchange:
-            monkeypatch.setattr(bundle_module, "_exchange", lambda first, second: False)
+            monkeypatch.setattr(storage, "_exchange", lambda first, second: False)
         write_bundle(target, "new", overwrite=True)
         assert content_of(target) == "new"
         assert siblings(target) == ["bundle"]
@@ -292,9 +304,9 @@ class TestStorage:
         def refuse(*arguments: object, **settings: object) -> NoReturn:
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr(bundle_module, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(storage, "_exchange", lambda first, second: False)
         module, _, function = place.partition(".")
-        monkeypatch.setattr(getattr(bundle_module, module), function, refuse)
+        monkeypatch.setattr(getattr(storage, module), function, refuse)
         with pytest.raises(StorageError, match=reason) as caught:
             write_bundle(target, "new", overwrite=True)
         monkeypatch.undo()
@@ -311,8 +323,8 @@ class TestStorage:
                 raise OSError(errno.ENOSPC, "full")
             rename(source, destination)
 
-        monkeypatch.setattr(bundle_module, "_exchange", lambda first, second: False)
-        monkeypatch.setattr(bundle_module.os, "rename", refuse)
+        monkeypatch.setattr(storage, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(storage.os, "rename", refuse)
         with pytest.raises(StorageError, match="disk is full"):
             write_bundle(target, "new", overwrite=True)
         monkeypatch.undo()
@@ -364,14 +376,14 @@ class TestStorage:
     def test_nothing_was_changed_is_said_only_if_it_is_true(
         self, target: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        flush = bundle_module._fsync_path
+        flush = storage._fsync_path
 
         def refuse(path: Path) -> None:
             if path == target.parent:  # after the swap
                 raise OSError(errno.EIO, "broken")
             flush(path)
 
-        monkeypatch.setattr(bundle_module, "_fsync_path", refuse)
+        monkeypatch.setattr(storage, "_fsync_path", refuse)
         with pytest.raises(StorageError, match="input/output") as caught:
             write_bundle(target, "new", overwrite=True)
         assert "Nothing was changed" not in str(caught.value)
@@ -390,7 +402,7 @@ class TestStorage:
         assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
 
     def test_a_mount_point_is_refused_at_once(self, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(bundle_module.os.path, "ismount", lambda path: path == target)
+        monkeypatch.setattr(storage.os.path, "ismount", lambda path: path == target)
         with pytest.raises(StorageError, match="mount point") as caught:
             check_target(target, overwrite=True)
         assert str(target / "bundle") in caught.value.hint
@@ -418,7 +430,7 @@ class TestLinks:
     @pytest.mark.parametrize("exchange", [True, False])
     def test_overwrite_through_a_link(self, target: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         if not exchange:
-            monkeypatch.setattr(bundle_module, "_exchange", lambda first, second: False)
+            monkeypatch.setattr(storage, "_exchange", lambda first, second: False)
         links = target.parent / "links"
         links.mkdir()
         (links / "latest").symlink_to(target)
@@ -491,7 +503,7 @@ class TestTwoExports:
         target = tmp_path / "bundle"
         with atomic_folder(target) as work:
             for _ in range(2):  # the refused one must not take the lock of the first away
-                with pytest.raises(StorageError, match="another export is writing"):
+                with pytest.raises(StorageError, match="another process is writing"):
                     write_bundle(target, "intruder")
             assert work.is_dir()
             fill(work, "first")
@@ -500,28 +512,28 @@ class TestTwoExports:
 
     def test_one_that_ends_in_between_is_not_overwritten(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         target = tmp_path / "bundle"
-        take_lock = bundle_module._take_lock
+        take_lock = storage._take_lock
 
         def other_export_ends_first(lock: object, path: Path) -> None:
             target.mkdir()
             fill(target, "other")
             take_lock(lock, path)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(bundle_module, "_take_lock", other_export_ends_first)
+        monkeypatch.setattr(storage, "_take_lock", other_export_ends_first)
         with pytest.raises(BundleError, match="already holds a bundle"):
             write_bundle(target, "late")
         assert content_of(target) == "other"
 
     def test_lock_file_removed_by_the_one_that_held_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         target = tmp_path / "bundle"
-        take_lock = bundle_module._take_lock
+        take_lock = storage._take_lock
 
         def holder_ends_first(lock: object, path: Path) -> None:
             (tmp_path / ".bundle.lock").unlink()
             take_lock(lock, path)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(bundle_module, "_take_lock", holder_ends_first)
-        with pytest.raises(StorageError, match="another export"):
+        monkeypatch.setattr(storage, "_take_lock", holder_ends_first)
+        with pytest.raises(StorageError, match="another process"):
             write_bundle(target, "late")
 
     def test_other_targets_in_the_same_folder_are_free(self, tmp_path: Path) -> None:
@@ -535,7 +547,7 @@ KILLED_EXPORT = """
 import os, signal, sys
 from pathlib import Path
 import test_bundle
-from holov_export import bundle
+from holov_export import bundle, storage
 
 target, point = Path(sys.argv[1]), sys.argv[2]
 
@@ -543,13 +555,13 @@ def die(*arguments, **settings):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if point == "fsync":
-    bundle._fsync_folder = die
+    storage._fsync_folder = die
 elif point == "before the swap":
-    bundle._replace = die
+    storage._replace = die
 elif point == "after the swap":
-    bundle.shutil.rmtree = die
+    storage.shutil.rmtree = die
 elif point == "between two renames":
-    bundle._exchange = lambda first, second: False
+    storage._exchange = lambda first, second: False
     rename, calls = os.rename, []
     def second_dies(*arguments):
         if calls:

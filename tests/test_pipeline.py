@@ -161,7 +161,7 @@ def test_something_else_at_the_output_is_never_touched(llava_checkpoint: Path, t
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from holov_export import bundle, pipeline
+from holov_export import pipeline, storage
 from holov_export.spec import ClsTopkPolicy, Precision
 
 def dies(module, name, after):
@@ -174,7 +174,7 @@ def dies(module, name, after):
 
 place, after = sys.argv[3].split(":")
 module, name = place.split(".")
-dies({"pipeline": pipeline, "bundle": bundle}[module], name, after == "after")
+dies({"pipeline": pipeline, "storage": storage}[module], name, after == "after")
 pipeline.export_bundle(pipeline.ExportRequest(
     sys.argv[1], ClsTopkPolicy(), Precision.FP32, None, Path(sys.argv[2]), True, False))
 """
@@ -188,8 +188,8 @@ pipeline.export_bundle(pipeline.ExportRequest(
         "pipeline._copy_tokenizer:after",
         "pipeline.write_manifest:before",
         "pipeline.write_manifest:after",
-        "bundle._replace:before",
-        "bundle._exchange:after",
+        "storage._replace:before",
+        "storage._exchange:after",
     ],
 )
 def test_killed_at_any_point(llava_checkpoint: Path, tmp_path: Path, old_bundle: Path, point: str) -> None:
@@ -199,7 +199,7 @@ def test_killed_at_any_point(llava_checkpoint: Path, tmp_path: Path, old_bundle:
     ended = subprocess.run([sys.executable, "-c", KILLED, str(llava_checkpoint), str(out), point], check=False)
     assert ended.returncode == -signal.SIGKILL
     method = open_bundle(out).manifest.plan.policy.method
-    assert method == ("cls-topk" if point == "bundle._exchange:after" else "holov")
+    assert method == ("cls-topk" if point == "storage._exchange:after" else "holov")
 
 
 def test_the_next_export_sweeps_what_a_killed_one_left(

@@ -1,0 +1,213 @@
+"""A compiled engine: a folder `engines/<target>/` in a bundle, with a record of what it was built from and with what.
+
+    engine.json     this record        vision.engine   TensorRT's plan        layers.json   TensorRT's layer report
+
+The bundle's own manifest does not name engines: a bundle stays what was exported, and each board adds its folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from holov_export import storage
+from holov_export.errors import BundleError, EngineError, IntegrityError
+from holov_export.gpu import Gpu
+from holov_export.spec import Frozen, Precision
+from holov_export.storage import FolderKind, sha256_of
+
+SCHEMA = 1
+RECORD = "engine.json"
+ENGINE = "vision.engine"
+LAYERS = "layers.json"
+
+_KIND = FolderKind(marker=RECORD, noun="engine")
+
+
+class ShapeProfile(Frozen):
+    """One optimisation profile: smallest, usual and largest batch and token budget. min <= opt <= max."""
+
+    batch: tuple[int, int, int]
+    budget: tuple[int, int, int]
+
+    def holds(self, batch: int, budget: int) -> bool:
+        """Whether the engine runs B = `batch` at K = `budget` in this profile."""
+        return self.batch[0] <= batch <= self.batch[2] and self.budget[0] <= budget <= self.budget[2]
+
+
+class BuiltWith(Frozen):
+    """What built an engine. A plan runs on this GPU architecture with this TensorRT, unless made compatible.
+
+    Attributes:
+        tensorrt: full version. cuda: the driver's. gpu: the driver's name of it. sm: compute capability.
+        network: how precision was given: by the graph's types or by the builder's FP16 flag (TensorRT 8).
+    """
+
+    tensorrt: str
+    cuda: str
+    gpu: str
+    sm: int
+    network: Literal["strongly-typed", "fp16-flag", "fp32"]
+    version_compatible: bool = False
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
+    weight_streaming: bool = False
+    stripped: bool = False
+    refittable: bool = False
+
+
+class EngineRecord(Frozen):
+    """engine.json.
+
+    Attributes:
+        target: name of the target that it was compiled for.
+        graph_sha256: of the bundle's vision.onnx. weights_sha256: of its vision.onnx.data.
+        opset: of the graph as TensorRT got it.
+        sha256, bytes: of vision.engine.
+        build_seconds: wall time of the build.
+        created: UTC.
+    """
+
+    schema_version: int
+    target: str
+    precision: Precision
+    opset: int
+    profiles: tuple[ShapeProfile, ...] = Field(min_length=1)
+    graph_sha256: str
+    weights_sha256: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=1)
+    built_with: BuiltWith
+    build_seconds: float
+    created: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine folder and its record."""
+
+    folder: Path
+    record: EngineRecord
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / ENGINE
+
+
+def read_engine(folder: Path) -> Engine:
+    """Parse an engine's record without looking at the plan.
+
+    Raises:
+        BundleError: no engine there, or one of another schema.
+        IntegrityError: the record does not parse.
+    """
+    try:
+        text = (folder / RECORD).read_text(encoding="utf-8")
+        version = json.loads(text)["schema_version"]
+    except OSError:
+        raise BundleError(f"'{folder}' holds no engine.", hint="Build one with: holov-export compile BUNDLE") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{RECORD} does not parse: {error}", hint="Compile the engine again.") from error
+    if version != SCHEMA:
+        raise BundleError(
+            f"the engine's record has schema {version}, this holov-export reads {SCHEMA}.",
+            hint="Compile the engine again.",
+        )
+    try:
+        return Engine(folder, EngineRecord.model_validate_json(text))
+    except ValidationError as error:
+        raise IntegrityError(f"{RECORD} does not parse: {error}", hint="Compile the engine again.") from error
+
+
+def engines_in(folder: Path) -> list[Engine]:
+    """The engines whose records lie in `folder`/<target>/, by name. Folders without a record are no engines."""
+    if not folder.is_dir():
+        return []
+    return [read_engine(path) for path in sorted(folder.iterdir()) if (path / RECORD).is_file()]
+
+
+def check_engine(engine: Engine, gpu: Gpu, tensorrt: str, *, graph_sha256: str, weights_sha256: str) -> None:
+    """Refuse an engine that must not reach TensorRT: another GPU, TensorRT or graph, or a changed file.
+
+    Raises:
+        EngineError: built for another GPU or by another TensorRT, or from another graph or other weights.
+        IntegrityError: the plan is missing, of another size or of another hash.
+    """
+    record = engine.record
+    _check_machine(record, gpu, tensorrt)
+    if (record.graph_sha256, record.weights_sha256) != (graph_sha256, weights_sha256):
+        raise EngineError(
+            f"the engine '{record.target}' was built from another graph than this bundle's.",
+            hint="Compile the bundle again.",
+        )
+    check_plan(engine)
+
+
+def _check_machine(record: EngineRecord, gpu: Gpu, tensorrt: str) -> None:
+    built = record.built_with
+    again = f"Compile it here: holov-export compile BUNDLE --target {record.target}"
+    if not _same_architecture(built, gpu.sm):
+        raise EngineError(
+            f"the engine '{record.target}' was built on {built.gpu} (sm_{built.sm}), this GPU is {gpu.name} "
+            f"(sm_{gpu.sm}).",
+            hint=again,
+        )
+    if not _same_tensorrt(built, tensorrt):
+        raise EngineError(
+            f"the engine '{record.target}' was built by TensorRT {built.tensorrt}, this machine has {tensorrt}.",
+            hint=again,
+        )
+
+
+def _same_architecture(built: BuiltWith, sm: int) -> bool:
+    if built.hardware_compatibility == "ampere_plus":
+        return sm >= 80
+    return built.sm == sm
+
+
+def _same_tensorrt(built: BuiltWith, tensorrt: str) -> bool:
+    """Plans need the version that built them; version-compatible ones the same major or the next.
+
+    Source: TensorRT developer guide, "Version Compatibility": supported pairs are 8 -> 10 and 10 -> 11.
+    """
+    if not built.version_compatible:
+        return built.tensorrt.split(".")[:3] == tensorrt.split(".")[:3]
+    ours, theirs = int(tensorrt.split(".")[0]), int(built.tensorrt.split(".")[0])
+    return ours == theirs or (theirs, ours) in {(8, 9), (8, 10), (9, 10), (10, 11)}
+
+
+def check_plan(engine: Engine) -> None:
+    """Compare vision.engine with the record.
+
+    Raises:
+        IntegrityError: it is missing, of another size or of another hash.
+    """
+    try:
+        size = engine.plan.stat().st_size
+    except OSError:
+        raise IntegrityError(f"{ENGINE} is missing from '{engine.folder}'.", hint="Compile it again.") from None
+    if size != engine.record.bytes:
+        raise IntegrityError(
+            f"{ENGINE} has {size} bytes, its record says {engine.record.bytes}.", hint="Compile the engine again."
+        )
+    if sha256_of(engine.plan) != engine.record.sha256:
+        raise IntegrityError(
+            f"{ENGINE} differs from its sha256: it was changed after the build.", hint="Compile the engine again."
+        )
+
+
+@contextmanager
+def atomic_engine_folder(folder: Path) -> Iterator[Path]:
+    """`storage.atomic_folder` for an engine; one that is already there is replaced when the new one is whole."""
+    with storage.atomic_folder(folder, _KIND, overwrite=True) as work:
+        yield work
+
+
+def write_record(folder: Path, record: EngineRecord) -> None:
+    """Write engine.json."""
+    (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
