@@ -17,6 +17,9 @@ _DISTRIBUTIONS = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "onnxruntime_genai": ("onnxruntime-genai", "onnxruntime-genai-cuda"),
     "onnx_ir": ("onnx-ir",),
+    "cuda": ("cuda-bindings", "cuda-python"),
+    "pynvml": ("nvidia-ml-py",),
+    "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
 }
 
 

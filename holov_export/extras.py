@@ -12,7 +12,7 @@ from holov_export.errors import MissingExtraError
 EXTRA_OF_MODULE = {
     "torch": "export",
     "transformers": "export",
-    "onnx": "export",
+    "onnx": "compile",
     "onnx_ir": "export",
     "onnxscript": "export",
     "safetensors": "export",
@@ -22,7 +22,9 @@ EXTRA_OF_MODULE = {
     "onnxruntime": "cpu",
     "onnxruntime_genai": "cpu",
     "tensorrt": "tensorrt",
-    "polygraphy": "tensorrt",
+    "cuda": "tensorrt",
+    "matplotlib": "bench",
+    "pynvml": "bench",
 }
 
 

@@ -22,20 +22,24 @@ CHECKOUT = PACKAGE.parent
 #: everything that an extra installs
 BLOCKED = sorted({*EXTRA_OF_MODULE, "scipy", "skimage", "sklearn", "triton", "vllm"})
 #: packages of which every module is light, and single light modules
-LIGHT_PACKAGES = ("cli", "runtime")
+LIGHT_PACKAGES = ("cli", "compile", "runtime")
 LIGHT_MODULES = (
     "holov_export",
     "holov_export.assets",
     "holov_export.bundle",
     "holov_export.catalog",
     "holov_export.doctor",
+    "holov_export.engine",
     "holov_export.errors",
     "holov_export.extras",
+    "holov_export.gpu",
     "holov_export.pipeline",
     "holov_export.selection.geometry",
     "holov_export.selection.reference",
     "holov_export.signature",
     "holov_export.spec",
+    "holov_export.storage",
+    "holov_export.targets",
     "holov_export.tensors",
 )
 PROBE = """
@@ -104,7 +108,7 @@ def extras_of_project() -> dict[str, list[str]]:
 
 def test_every_module_names_an_extra_that_installs_it() -> None:
     extras = extras_of_project()
-    distributions = {"huggingface_hub": "huggingface_hub"}
+    distributions = {"huggingface_hub": "huggingface_hub", "cuda": "cuda-bindings", "pynvml": "nvidia-ml-py"}
     for module, extra in EXTRA_OF_MODULE.items():
         wanted = distributions.get(module, module.replace("_", "-"))
         names = {re.split(r"[^\w-]", requirement, maxsplit=1)[0] for requirement in extras[extra]}
