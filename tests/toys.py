@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from holov_export.bundle import (
     DECODER,
+    SCHEMA,
     TOKENIZER,
     VISION,
     Bundle,
@@ -131,7 +132,7 @@ def write_toy_bundle(
             shutil.copytree(decoder, work / DECODER)
         inputs, outputs = toy_signature(model, precision.dtype)
         manifest = Manifest(
-            schema_version=1,
+            schema_version=SCHEMA,
             plan=plan,
             inputs=tuple(GraphTensor(name=item.name, dtype=item.dtype, shape=item.shape) for item in inputs),
             outputs=tuple(GraphTensor(name=item.name, dtype=item.dtype, shape=item.shape) for item in outputs),
