@@ -1,0 +1,219 @@
+"""`holov-export targets` and `holov-export estimate`: what a model would do on a board that nobody owns yet."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import click
+
+from holov_export.bundle import MANIFEST, read_manifest
+from holov_export.catalog import checkpoint_from_reference, reference_from_name
+from holov_export.cli.console import OUT, print_json, size_text, table
+from holov_export.cli.options import json_option
+from holov_export.estimate.report import BudgetRow, Estimate, estimate
+from holov_export.estimate.shapes import ModelShape, shape_from_name, shape_from_spec, shape_names
+from holov_export.export.checkpoint import spec_from_checkpoint
+from holov_export.spec import DecoderPrecision, HolovPolicy
+from holov_export.targets import EngineTarget, TargetPrecision, list_targets, target_from_name
+
+_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+
+
+@click.command()
+@click.argument("name", required=False)
+@json_option
+def targets(name: str | None, as_json: bool) -> None:
+    """List the deployment targets; with NAME (or a path to a TOML file) everything about one, its sources included."""
+    if name is not None:
+        target = target_from_name(name)
+        if as_json:
+            print_json(target.model_dump(mode="json"))
+        else:
+            _print_target(target)
+        return
+    known = list_targets()
+    if as_json:
+        print_json([target.model_dump(mode="json") for target in known])
+        return
+    made = table("name", "sm>", "memory GB>", "GB/s>", "fp16 TFLOP/s>", "TensorRT", "precisions")
+    for target in known:
+        made.add_row(
+            target.name,
+            str(target.sm),
+            f"{target.memory_gb:g}",
+            f"{target.bandwidth_gbs:g}",
+            f"{target.rates.fp16:g}",
+            str(target.tensorrt),
+            " ".join(target.precisions),
+        )
+    OUT.print(made)
+
+
+def _print_target(target: EngineTarget) -> None:
+    made = table(target.name)
+    made.add_column(target.title)
+    for key, value in _facts(target).items():
+        made.add_row(key, value)
+    OUT.print(made)
+    if target.notes:
+        OUT.print()
+        OUT.print(target.notes.strip(), soft_wrap=True)
+    profiles = table("profile", "batch>", "budget>")
+    for profile in target.profiles:
+        batch, budget = profile.batch, profile.budget
+        profiles.add_row(
+            profile.name, f"{batch.min}, {batch.opt}, {batch.max}", f"{budget.min}, {budget.opt}, {budget.max}"
+        )
+    OUT.print()
+    OUT.print(profiles)
+    for source in target.sources:
+        OUT.print()
+        OUT.print(f"{source.checked} {source.date.isoformat()}: {source.url or source.document}", soft_wrap=True)
+        OUT.print(f"  {source.what}", soft_wrap=True)
+
+
+def _facts(target: EngineTarget) -> dict[str, str]:
+    """The rows of a target's first table."""
+    rates = target.rates.model_dump(exclude_none=True)
+    flags = [f"{key}={value}" for key, value in target.flags.model_dump().items() if value not in (False, "none")]
+    facts = {
+        "kind": target.kind,
+        "compute capability": f"{target.compute_capability} (sm_{target.sm}), {target.multiprocessors} multiprocessors",
+        "memory": f"{target.memory_gb:g} GiB, {target.reserved_gb:g} of them for the system"
+        + (", shared by CPU and GPU" if target.unified_memory else ""),
+        "bandwidth": f"{target.bandwidth_gbs:g} GB/s",
+        "dense rates": ", ".join(f"{key} {value:g}" for key, value in rates.items()) + " T/s",
+        "power modes": ", ".join(
+            mode.name + (f" ({mode.watts} W)" if mode.watts else "") for mode in target.power_modes
+        ),
+        "TensorRT": str(target.tensorrt),
+        "CUDA": str(target.cuda),
+        "JetPack": f"{target.jetpack}, Python {target.python}" if target.jetpack else "",
+        "precisions": ", ".join(target.precisions),
+        "builder": f"workspace {target.workspace_mb} MiB, optimisation level {target.optimization_level}",
+        "flags": ", ".join(flags),
+    }
+    return {key: value or "-" for key, value in facts.items()}
+
+
+@click.command(name="estimate")
+@click.argument("model", metavar="BUNDLE|MODEL")
+@click.option("--target", "target_name", required=True, help="A name of `holov-export targets`, or a path to a .toml.")
+@click.option("--budget", "budgets", type=int, multiple=True, help="A further token budget; repeat for more.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images, and answers, at once.")
+@click.option(
+    "--context", type=click.IntRange(1), help="Tokens the KV cache has room for [default: the model's longest]."
+)
+@click.option(
+    "--text-tokens", type=click.IntRange(0), default=32, show_default=True, help="Of the prompt beside the image."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(_PRECISIONS),
+    help="Of the vision engine [default: the bundle's, else what the target recommends].",
+)
+@click.option(
+    "--decoder-precision",
+    type=click.Choice([item.value for item in DecoderPrecision]),
+    help="Of the decoder's weights [default: the bundle's, else fp16].",
+)
+@json_option
+def estimate_command(
+    model: str,
+    target_name: str,
+    budgets: tuple[int, ...],
+    batch: int,
+    context: int | None,
+    text_tokens: int,
+    precision: str | None,
+    decoder_precision: str | None,
+    as_json: bool,
+) -> None:
+    """Estimate memory and times of a model on a target, without either: rates, shapes and stated assumptions.
+
+    MODEL is a bundle, a checkpoint directory, OWNER/REPO, or a name; llava-1.5-7b needs neither files nor network.
+    """
+    target = target_from_name(target_name)
+    shape, seen, read = _shape_of(model)
+    found = estimate(
+        shape,
+        target,
+        precision=cast(TargetPrecision, precision or seen or target.precisions[0]),
+        decoder=DecoderPrecision(decoder_precision or read or "fp16"),
+        budgets=budgets,
+        batch=batch,
+        context=context,
+        text_tokens=text_tokens,
+    )
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        _print_estimate(found, target)
+
+
+def _shape_of(model: str) -> tuple[ModelShape, str | None, str | None]:
+    """A model's shape, and the precisions of its vision graph and decoder where it is a bundle that has them."""
+    folder = Path(os.path.expanduser(model))
+    if model and (folder / MANIFEST).is_file():
+        plan = read_manifest(folder).plan
+        decoder = plan.decoder.value if plan.decoder else None
+        return shape_from_spec(plan.model, plan.policy), plan.precision.value, decoder
+    if model in shape_names():
+        return shape_from_name(model), None, None
+    reference = reference_from_name(model)
+    checkpoint = checkpoint_from_reference(reference, weights=False)
+    return shape_from_spec(spec_from_checkpoint(checkpoint.folder, reference.label), HolovPolicy()), None, None
+
+
+def _print_estimate(found: Estimate, target: EngineTarget) -> None:
+    tokens = found.rows[0].budget
+    made = table(
+        "budget>", "of all>", "vision ms>", "prefill ms>", "TTFT ms>", "decode tok/s>", "prompt's KV>", "memory>", ""
+    )
+    for row in found.rows:
+        made.add_row(
+            str(row.budget),
+            f"{row.budget / tokens:.0%}",
+            f"{row.vision_ms:.1f}",
+            f"{row.prefill_ms:.1f}",
+            f"{row.ttft_ms:.1f}",
+            f"{row.decode_tokens_per_s:.1f}",
+            size_text(row.prompt_kv_bytes),
+            size_text(row.memory_bytes),
+            "fits" if row.memory_bytes <= found.usable_bytes else "TOO MUCH",
+        )
+    OUT.print(f"{found.model} on {target.title}: an estimate, not a measurement", soft_wrap=True)
+    OUT.print(
+        f"vision {found.precision}, decoder {found.decoder_precision.value}, batch {found.batch}, "
+        f"{found.text_tokens} text tokens, room for {found.context}",
+        soft_wrap=True,
+    )
+    OUT.print()
+    OUT.print(made)
+    OUT.print()
+    OUT.print(_memory_table(found.rows[0]))
+    OUT.print(_verdict(found), soft_wrap=True)
+    OUT.print()
+    for line in found.assumptions:
+        OUT.print(f"- {line}", soft_wrap=True)
+
+
+def _memory_table(row: BudgetRow) -> Any:
+    """Where the memory of the largest budget goes."""
+    made = table("memory", "size>")
+    for name, size in row.memory.model_dump().items():
+        made.add_row(name.replace("_", " ").replace("kv", "KV"), size_text(size))
+    return made
+
+
+def _verdict(found: Estimate) -> str:
+    needed, usable = size_text(found.rows[0].memory_bytes), size_text(found.usable_bytes)
+    if found.fits:
+        return f"fits: {needed} of {usable}"
+    prompt = found.rows[0].budget + found.text_tokens
+    if found.context_that_fits >= prompt:
+        return f"does not fit: {needed}, {usable} are usable; it would with --context {found.context_that_fits}"
+    smaller = "" if found.decoder_precision is DecoderPrecision.INT4 else "; try --decoder-precision int4"
+    return f"does not fit: {needed}, {usable} are usable, whatever the context{smaller}"

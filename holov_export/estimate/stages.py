@@ -1,0 +1,81 @@
+"""The three stages of an answer in the time that a `Machine` needs for them: vision, prefill, one decoding step."""
+
+from __future__ import annotations
+
+from holov_export.estimate.roofline import Format, Machine
+from holov_export.estimate.shapes import ModelShape
+
+#: kernels of the selection itself (a softmax of one row, sums over crops, two sorts, a gather), tiny ones
+SELECTION_KERNELS = 40
+
+
+def vision_seconds(machine: Machine, shape: ModelShape, form: Format, *, budget: int, batch: int) -> float:
+    """Pixels of `batch` images to K = `budget` rows of the language model's width for each."""
+    vision = shape.vision
+    rows = batch * vision.rows
+    total = machine.product(form, rows, vision.patch_values, vision.width)
+    full = vision.layers - (1 if vision.selects_early else 0)
+    total += full * _vision_layer(machine, shape, form, kept=vision.rows, batch=batch)
+    if vision.selects_early:
+        total += _vision_layer(machine, shape, form, kept=budget, batch=batch)
+    if budget < vision.tokens:
+        total += SELECTION_KERNELS * machine.shares.kernel_seconds
+    kept = batch * (budget if vision.selects_early else vision.tokens)
+    merged = vision.width * vision.patches_per_token
+    projector = machine.product(form, kept, merged, vision.projector_inner)
+    projector += machine.moved(2 * kept * vision.projector_inner, form)
+    projector += machine.product(form, kept, vision.projector_inner, shape.decoder.width)
+    return total + vision.projectors * projector
+
+
+def _vision_layer(machine: Machine, shape: ModelShape, form: Format, *, kept: int, batch: int) -> float:
+    """One layer: keys and values for all T rows, everything else for `kept` rows of each image."""
+    vision = shape.vision
+    width, every, some = vision.width, batch * vision.rows, batch * kept
+    total = machine.moved(2 * every * width, form)  # norm
+    if kept == vision.rows:
+        total += machine.product(form, every, width, 3 * width)
+    else:
+        total += machine.product(form, every, width, 2 * width) + machine.product(form, some, width, width)
+    total += machine.attention(form, kept, vision.rows, width, width, batch=batch)
+    total += machine.product(form, some, width, width)
+    total += machine.moved(5 * some * width, form, kernels=2)  # residual, norm
+    total += machine.product(form, some, width, vision.mlp_width)
+    total += machine.moved(2 * some * vision.mlp_width, form)  # activation
+    total += machine.product(form, some, vision.mlp_width, width)
+    return total + machine.moved(3 * some * width, form)  # residual
+
+
+def prefill_seconds(
+    machine: Machine, shape: ModelShape, form: Format, head: Format, *, prompt: int, batch: int
+) -> float:
+    """`prompt` rows of each of `batch` sequences through the decoder, to the logits of the last row."""
+    decoder = shape.decoder
+    total = decoder.layers * _decoder_layer(machine, shape, form, rows=prompt, past=0, batch=batch)
+    return total + machine.product(head, batch, decoder.width, decoder.vocab_size)
+
+
+def step_seconds(machine: Machine, shape: ModelShape, form: Format, head: Format, *, past: int, batch: int) -> float:
+    """One token for each of `batch` sequences that hold `past` tokens."""
+    decoder = shape.decoder
+    total = decoder.layers * _decoder_layer(machine, shape, form, rows=1, past=past, batch=batch)
+    return total + machine.product(head, batch, decoder.width, decoder.vocab_size)
+
+
+def _decoder_layer(machine: Machine, shape: ModelShape, form: Format, *, rows: int, past: int, batch: int) -> float:
+    decoder = shape.decoder
+    width, mlp = decoder.width, decoder.mlp_width
+    query, key = decoder.heads * decoder.head_width, decoder.kv_heads * decoder.head_width
+    every = batch * rows
+    # a causal row sees on average half of the rows before it
+    keys = past + 1 if rows == 1 else past + rows // 2
+    total = machine.moved(2 * every * width, form)  # norm
+    total += machine.product(form, every, width, query + 2 * key)
+    total += machine.moved(2 * every * (query + key), form)  # rotary embedding
+    total += machine.attention(form, rows, keys, query, key, batch=batch)
+    total += machine.product(form, every, query, width)
+    total += machine.moved(5 * every * width, form, kernels=2)  # residual, norm
+    total += machine.product(form, every, width, 2 * mlp)
+    total += machine.moved(3 * every * mlp, form)  # gate
+    total += machine.product(form, every, mlp, width)
+    return total + machine.moved(3 * every * width, form)  # residual

@@ -1,0 +1,408 @@
+"""Deployment targets: what a board or GPU is, which TensorRT it runs and how an engine for it is built.
+
+A target is a TOML file: one of `engines/` (`--target jetson-agx-orin-64gb`), or the user's own (`--target ./my.toml`).
+`engines/README.md` says how to write one; `engines/target.schema.json` lets editors complete and check it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, PlainValidator, ValidationError, WithJsonSchema, model_validator
+
+from holov_export.assets import data_folder
+from holov_export.errors import StorageError, UnknownNameError, UsageError
+from holov_export.spec import Frozen
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+TargetPrecision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
+TargetKind = Literal["jetson", "datacenter", "workstation"]
+
+_VERSION = r"^\d+(\.\d+){0,3}$"
+
+
+def _checked_budget(said: object) -> int | str:
+    if isinstance(said, int) and not isinstance(said, bool) and said >= 1:
+        return said
+    if isinstance(said, str) and re.fullmatch(r"all|1/[1-9]\d*", said):
+        return said
+    raise ValueError('a budget is a positive number of tokens, a share such as "1/9", or "all"')
+
+
+#: a token budget of a profile: a count, a share of the model's N ("1/9"), or all N
+Budget = Annotated[
+    int | str,
+    PlainValidator(_checked_budget),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^(all|1/[1-9]\d*)$"}]}
+    ),
+]
+
+
+def version_from_text(text: str) -> tuple[int, ...]:
+    """(10, 3, 0, 30) from "10.3.0.30" or "10.3.0.post12"; what follows the leading numbers is ignored.
+
+    Raises:
+        UsageError: no number at the start.
+    """
+    found = re.match(r"\d+(\.\d+)*", text)
+    if found is None:
+        raise UsageError(f"'{text}' is no version number.", hint="It looks like 10.3 or 8.6.2.")
+    return tuple(int(part) for part in found[0].split("."))
+
+
+class VersionRange(Frozen):
+    """Versions from `min` to `max`, both included; "10.3" includes every 10.3.x."""
+
+    min: str = Field(pattern=_VERSION, description='lowest version, for example "8.6"')
+    max: str = Field(pattern=_VERSION, description='highest version; "10.3" includes every 10.3.x')
+
+    @model_validator(mode="after")
+    def _ordered(self) -> VersionRange:
+        if self.lowest > self.highest:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+    @property
+    def lowest(self) -> tuple[int, ...]:
+        return version_from_text(self.min)
+
+    @property
+    def highest(self) -> tuple[int, ...]:
+        return version_from_text(self.max)
+
+    def holds(self, version: str) -> bool:
+        """True if `version` ("10.3.0.30") lies in the range.
+
+        Raises:
+            UsageError: `version` is no version number.
+        """
+        found = version_from_text(version)
+        low, high = self.lowest, self.highest
+        padded = found + (0,) * (len(low) - len(found))
+        return padded >= low and found[: len(high)] <= high
+
+    def __str__(self) -> str:
+        return self.min if self.min == self.max else f"{self.min} to {self.max}"
+
+
+class Rates(Frozen):
+    """Peak dense rates of the GPU alone, TFLOP/s (TOPS for integers): no sparsity, no DLA."""
+
+    fp32: float = Field(gt=0, description="outside the tensor cores")
+    tf32: float | None = Field(default=None, gt=0)
+    fp16: float = Field(gt=0, description="tensor cores, accumulating in float32 where the two rates differ")
+    bf16: float | None = Field(default=None, gt=0)
+    int8: float | None = Field(default=None, gt=0)
+    fp8: float | None = Field(default=None, gt=0)
+    fp4: float | None = Field(default=None, gt=0)
+
+
+class PowerMode(Frozen):
+    """A power mode of a Jetson (`nvpmodel -q`)."""
+
+    name: str
+    watts: int | None = Field(default=None, ge=1, description="absent where the mode has no limit of its own")
+
+
+class CountRange(Frozen):
+    """Smallest, usual and largest batch."""
+
+    min: int = Field(ge=1)
+    opt: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CountRange:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"min {self.min} <= opt {self.opt} <= max {self.max} does not hold")
+        return self
+
+
+class BudgetRange(Frozen):
+    """Smallest, usual and largest token budget: counts, shares of the model's N ("1/9") or "all"."""
+
+    min: Budget
+    opt: Budget
+    max: Budget
+
+    @model_validator(mode="after")
+    def _ordered(self) -> BudgetRange:
+        # a count and a share can only be compared for one N: profiles_for brings those into order
+        said = (self.min, self.opt, self.max)
+        for kind in (int, str):
+            sizes = [_budget_of(item, 10**9) for item in said if isinstance(item, kind)]
+            if sizes != sorted(sizes):
+                raise ValueError(f"min {self.min}, opt {self.opt}, max {self.max} are not in order")
+        return self
+
+
+class TargetProfile(Frozen):
+    """One optimisation profile: the ranges that an engine is built for, and the point that it is tuned for."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    batch: CountRange
+    budget: BudgetRange
+
+
+class Span(NamedTuple):
+    """min <= opt <= max."""
+
+    min: int
+    opt: int
+    max: int
+
+
+class ShapeProfile(NamedTuple):
+    """A profile for one model: batch B and token budget K in numbers."""
+
+    name: str
+    batch: Span
+    budget: Span
+
+
+class BuildFlags(Frozen):
+    """What an engine gives up for being portable, small or changeable. All off unless the target says otherwise."""
+
+    version_compatible: bool = Field(default=False, description="loads in later TensorRT releases (8.6 and above)")
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = Field(
+        default="none", description="other GPUs that the engine may run on"
+    )
+    weight_streaming: bool = Field(default=False, description="weights may stay in host memory (TensorRT 10, 11)")
+    strip_plan: bool = Field(default=False, description="an engine without weights, refitted when it is loaded")
+    refit: bool = Field(default=False, description="weights can be replaced without a rebuild")
+
+
+class Source(Frozen):
+    """Where figures come from.
+
+    `checked`: "read" there, "measured" on the hardware, or "unverified": there is no document, or it was not at hand.
+    """
+
+    what: str = Field(description="the fields that it is for, and how they were derived from it")
+    url: str | None = Field(default=None, pattern=r"^https?://")
+    document: str | None = Field(default=None, description="title, where there is no stable address")
+    checked: Literal["read", "measured", "unverified"]
+    date: date
+
+    @model_validator(mode="after")
+    def _named(self) -> Source:
+        if self.url is None and self.document is None:
+            raise ValueError("a source needs a url or a document")
+        return self
+
+
+class EngineTarget(Frozen):
+    """One deployment target. Figures are of the module or GPU as sold, at its highest clocks."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="as in --target; the name of the file")
+    title: str = Field(min_length=1, description="the vendor's name")
+    kind: TargetKind
+    sm: int = Field(ge=50, le=200, description="compute capability without the dot: 87 is 8.7")
+    multiprocessors: int = Field(ge=1, description="streaming multiprocessors (SMs) of the GPU")
+    memory_gb: float = Field(gt=0, description="GiB, as labelled; shared with the CPU where unified_memory")
+    reserved_gb: float = Field(
+        ge=0, description="GiB that a model cannot have: firmware, operating system, desktop; an assumption"
+    )
+    unified_memory: bool = Field(description="CPU and GPU share one memory")
+    bandwidth_gbs: float = Field(gt=0, description="peak memory bandwidth, 1e9 bytes a second")
+    rates: Rates
+    power_modes: tuple[PowerMode, ...] = ()
+    tensorrt: VersionRange
+    cuda: VersionRange
+    jetpack: str | None = Field(default=None, description="the JetPack that brings this TensorRT; Jetson only")
+    python: str | None = Field(default=None, pattern=r"^3\.\d+$", description="Python of that JetPack's Ubuntu")
+    precisions: tuple[TargetPrecision, ...] = Field(
+        min_length=1, description="what engines can be built in (int4: weights only), the recommended one first"
+    )
+    workspace_mb: int = Field(ge=16, description="MiB that the builder may use while it tries kernels")
+    optimization_level: int = Field(default=3, ge=0, le=5, description="TensorRT's builder_optimization_level")
+    profiles: tuple[TargetProfile, ...] = Field(min_length=1)
+    flags: BuildFlags = BuildFlags()
+    sources: tuple[Source, ...] = Field(min_length=1, description="one or more for every figure")
+    notes: str = Field(default="", description="what a user of this target should know")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EngineTarget:
+        if len(set(self.precisions)) < len(self.precisions):
+            raise ValueError("a precision is named twice")
+        lacking = [name for name in self.precisions if self.rate(name) is None]
+        if lacking:
+            raise ValueError(f"rates lacks {', '.join(lacking)}, which precisions names")
+        if self.reserved_gb >= self.memory_gb:
+            raise ValueError(f"reserved_gb {self.reserved_gb} leaves nothing of memory_gb {self.memory_gb}")
+        if (self.jetpack is not None) != (self.kind == "jetson"):
+            raise ValueError("jetpack belongs to targets of the kind jetson, and to all of them")
+        names = [profile.name for profile in self.profiles]
+        if len(set(names)) < len(names):
+            raise ValueError("two profiles have the same name")
+        return self
+
+    @property
+    def compute_capability(self) -> str:
+        """8.7 for sm 87, 11.0 for sm 110."""
+        return f"{self.sm // 10}.{self.sm % 10}"
+
+    @property
+    def lowest_tensorrt(self) -> tuple[int, ...]:
+        """What a graph for this target must be readable by."""
+        return self.tensorrt.lowest
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory that a model can have."""
+        return int((self.memory_gb - self.reserved_gb) * 2**30)
+
+    def rate(self, precision: TargetPrecision) -> float | None:
+        """Peak dense TFLOP/s (TOPS) of `precision`; None if the GPU lacks it. int4 weights are multiplied as fp16."""
+        found: float | None = getattr(self.rates, "fp16" if precision == "int4" else precision)
+        return found
+
+    def supports(self, precision: TargetPrecision) -> bool:
+        return precision in self.precisions
+
+    def profiles_for(self, tokens: int) -> tuple[ShapeProfile, ...]:
+        """The profiles for a model of N = `tokens`; min <= opt <= max and 1 <= budget <= N hold in every one.
+
+        Raises:
+            ValueError: `tokens` is not positive.
+        """
+        if tokens < 1:
+            raise ValueError(f"a model has at least one token, not {tokens}")
+        made = []
+        for profile in self.profiles:
+            top = _budget_of(profile.budget.max, tokens)
+            low = min(_budget_of(profile.budget.min, tokens), top)
+            usual = min(max(_budget_of(profile.budget.opt, tokens), low), top)
+            batch = Span(profile.batch.min, profile.batch.opt, profile.batch.max)
+            made.append(ShapeProfile(profile.name, batch, Span(low, usual, top)))
+        return tuple(made)
+
+
+def _budget_of(said: int | str, tokens: int) -> int:
+    """A budget in tokens, 1..N."""
+    if isinstance(said, int):
+        return min(said, tokens)
+    return tokens if said == "all" else max(1, round(tokens / int(said.split("/")[1])))
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def target_names() -> tuple[str, ...]:
+    """Names of the targets that ship with the package, sorted."""
+    return tuple(sorted(path.stem for path in data_folder("engines").glob("*.toml")))
+
+
+def list_targets() -> tuple[EngineTarget, ...]:
+    """The targets that ship with the package, sorted by name.
+
+    Raises:
+        UsageError: one of their files is damaged.
+    """
+    return tuple(target_from_file(data_folder("engines") / f"{name}.toml") for name in target_names())
+
+
+def target_from_name(name_or_path: str) -> EngineTarget:
+    """The target of a `--target` value: a name of `engines/`, or a path that ends in .toml.
+
+    Raises:
+        UnknownNameError: no such name or file.
+        UsageError: the file does not parse or a value in it is wrong; the message names file, key and line.
+        StorageError: the file cannot be read.
+    """
+    if name_or_path.endswith(".toml"):
+        return target_from_file(Path(os.path.expanduser(name_or_path)))  # Path's own raises for ~nobody
+    names = target_names()
+    if name_or_path in names:
+        return target_from_file(data_folder("engines") / f"{name_or_path}.toml")
+    begun = [name for name in names if name_or_path and name.startswith(name_or_path)]
+    close = dict.fromkeys([*begun, *difflib.get_close_matches(name_or_path, names, n=3, cutoff=0.5)])
+    meant = f"Did you mean: {', '.join(list(close)[:3])}? " if close else ""
+    raise UnknownNameError(
+        f"unknown target '{name_or_path}'.",
+        hint=f"{meant}`holov-export targets` lists them; a file of your own is named by its path: ./board.toml",
+    )
+
+
+def target_from_file(path: Path) -> EngineTarget:
+    """Read one TOML file.
+
+    Raises:
+        UnknownNameError: there is no such file.
+        UsageError: it does not parse or a value in it is wrong; the message names file, key and line.
+        StorageError: it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnknownNameError(
+            f"there is no target file '{path}'.", hint="`holov-export targets` lists the targets known by name."
+        ) from None
+    except IsADirectoryError:
+        raise UsageError(f"'{path}' is a folder, not a target file.") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"'{path}' is not UTF-8 text: {error.reason}.", hint="Save it as UTF-8.") from error
+    except OSError as error:
+        raise StorageError(f"cannot read '{path}': {error.strerror}.") from error
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"'{path}' is not TOML: {error}.", hint="engines/README.md shows a target file.") from error
+    try:
+        return EngineTarget.model_validate(raw)
+    except ValidationError as error:
+        raise UsageError(
+            f"'{path}' is no usable target: {'; '.join(_problem(item, text) for item in error.errors())}.",
+            hint="engines/README.md explains every field.",
+        ) from error
+
+
+def _problem(item: Any, text: str) -> str:
+    """One error of pydantic in words: "rates.fp16 (line 14): Input should be greater than 0"."""
+    location = list(item["loc"])
+    said = "missing" if item["type"] == "missing" else str(item["msg"]).removeprefix("Value error, ")
+    if not location:
+        return said
+    line = _line_of(text, location)
+    shown = ".".join(str(part + 1) if isinstance(part, int) else part for part in location)
+    return f"{shown}{f' (line {line})' if line else ''}: {said}"
+
+
+def _line_of(text: str, location: list[str | int]) -> int | None:
+    """1-based line of a key, or of the innermost table on the way to it; None if not even that is written."""
+    names = [part for part in location if isinstance(part, str)]
+    entry = next((part for part in location if isinstance(part, int)), 0)
+    table: list[str] = []
+    entries: dict[str, int] = {}
+    best: tuple[int, int | None] = (0, None)
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := re.match(r"\s*\[\[?\s*([\w.-]+)\s*\]", line):
+            table = path = header[1].split(".")
+            entries[table[0]] = entries.get(table[0], -1) + (line.lstrip().startswith("[[") or len(table) == 1)
+        elif key := re.match(r"\s*([\w-]+(?:\.[\w-]+)*)\s*=", line):
+            path = table + key[1].split(".")
+        else:
+            continue
+        in_entry = not table or entries[table[0]] == entry
+        if in_entry and path == names[: len(path)] and len(path) > best[0]:
+            best = (len(path), number)
+    return best[1]
+
+
+def target_schema_text() -> str:
+    """`engines/target.schema.json`: the JSON schema of a target file."""
+    schema = EngineTarget.model_json_schema()
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return json.dumps({**head, **schema}, indent=2, ensure_ascii=False) + "\n"
