@@ -196,7 +196,7 @@ class RuleOnly(nn.Module):
         size = asked.item()
         torch._check(size >= 1)
         torch._check(size <= self.tokens)
-        positions, counts = self.selection(saliency, None, torch.minimum(quota.clamp_min(1), asked))
+        positions, counts = self.selection(saliency, None, torch.minimum(quota.clamp_min(1), asked), asked)
         return positions[:, :size], counts
 
 
@@ -281,7 +281,7 @@ class Contestants:
         """The selection alone, in torch or in ONNX Runtime."""
         quota = torch.full((len(saliency),), budget)
         if name == OURS_TORCH:
-            return self.ours.selection(saliency, None, quota)
+            return self.ours.selection(saliency, None, quota, quota.amax()[None])
         feed = {"saliency": saliency.numpy(), "budget": np.array([budget]), "quota": quota.numpy()}
         return self.sessions["rule"].run(None, feed)
 

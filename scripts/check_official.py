@@ -151,7 +151,7 @@ def differing(case: Case, published: Published, attention: Floats, features: Flo
     rule = rule_from_policy(policy, case.grid)
     rows, seen = torch.from_numpy(features), torch.from_numpy(attention)
     output = published(rows.clone(), seen.clone(), case.crops, case.budget)
-    positions, _ = rule(seen, None, torch.full((len(rows),), case.budget))
+    positions, _ = rule(seen, None, torch.full((len(rows),), case.budget), torch.tensor([case.budget]))
     for image in range(len(rows)):
         expected = kept_rows(output[image], rows[image])
         ours = positions[image, : case.budget].tolist()

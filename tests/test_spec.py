@@ -123,9 +123,9 @@ class TestPolicies:
     def test_only_the_published_code_loses_tokens_at_full_budget(self) -> None:
         assert [name for name, policy in POLICIES.items() if not policy.lossless_at_full] == ["holov-official"]
 
-    def test_only_the_paper_reads_features(self) -> None:
+    def test_which_rules_read_features(self) -> None:
         reading = [name for name, policy in POLICIES.items() if policy.features is not FeatureSource.NONE]
-        assert reading == ["holov-paper"]
+        assert reading == ["holov-paper", "scope"]
 
     @given(st.text())
     def test_any_text_as_a_method_is_a_policy_or_refused(self, method: str) -> None:

@@ -28,6 +28,7 @@ def clean(model: ir.Model, axes: dict[str, str]) -> None:
     name_weights(model, scopes)
     name_nodes(model, scopes)
     name_constants(model)
+    type_loop_bodies(model)
     rename_axes(model, axes)
     strip_metadata(model)
 
@@ -130,7 +131,7 @@ def name_nodes(model: ir.Model, scopes: dict[int, str]) -> None:
     outputs = {id(value) for value in model.graph.outputs}
     seen: Counter[str] = Counter()
     scope = ""
-    for node in model.graph:
+    for node in model.graph.all_nodes():  # the bodies of loops after the loop
         scope = scopes.get(id(node)) or scope
         base = f"{scope.replace('.', '/')}/{node.op_type}".lstrip("/")
         node.name = base if not seen[base] else f"{base}_{seen[base]}"
@@ -148,6 +149,19 @@ def name_constants(model: ir.Model) -> None:
             value.name = f"{uses[0].node.name}#{uses[0].idx}"
 
 
+def type_loop_bodies(model: ir.Model) -> None:
+    """Say the types of what a loop carries at the borders of its body, which functions leave open."""
+    for node in model.graph.all_nodes():
+        if node.op_type != "Loop":
+            continue
+        body = node.attributes["body"].as_graph()
+        carried = len(body.inputs) - 2  # the step and the condition are in front; the condition alone on the other side
+        for source, inside, result in zip(node.inputs[2:], body.inputs[2:], body.outputs[1 : carried + 1], strict=True):
+            kind = None if source is None else source.type
+            if kind is not None:
+                inside.type = result.type = kind
+
+
 def rename_axes(model: ir.Model, axes: dict[str, str]) -> None:
     """Rename symbolic axes of inputs and outputs, and forget the shapes in between.
 
@@ -157,6 +171,8 @@ def rename_axes(model: ir.Model, axes: dict[str, str]) -> None:
         if value.shape is not None:
             value.shape = ir.Shape([axes.get(str(_plain(axis)), _plain(axis)) for axis in value.shape])
     kept = {id(value) for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]}
+    for body in model.graph.subgraphs():  # ONNX Runtime wants the types of what goes into a loop's body and comes out
+        kept |= {id(value) for value in [*body.inputs, *body.outputs]}
     for value in _values(model):
         if id(value) not in kept:
             value.shape = None
@@ -173,7 +189,10 @@ def strip_metadata(model: ir.Model) -> None:
     model.doc_string = None
     model.graph.metadata_props.clear()
     model.graph.doc_string = None
-    for node in model.graph:
+    for body in model.graph.subgraphs():
+        body.metadata_props.clear()
+        body.doc_string = None
+    for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
     for value in [*_values(model), *model.graph.inputs, *model.graph.initializers.values()]:
@@ -182,5 +201,8 @@ def strip_metadata(model: ir.Model) -> None:
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:
-    for node in model.graph:
+    """What nodes give out, those in the bodies of loops as well, and what a body takes in."""
+    for node in model.graph.all_nodes():
         yield from node.outputs
+    for body in model.graph.subgraphs():
+        yield from body.inputs

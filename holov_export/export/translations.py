@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from holov_export.export.scope_loop import scope_loop
 from holov_export.extras import require
 
 
@@ -17,6 +18,7 @@ def translation_table(opset: int) -> dict[Any, Callable[..., Any]]:
       sort is what it is. A constant K also suits TensorRT 8.5, which reads no K from a tensor.
     * scaled_dot_product_attention: MatMul, Softmax, MatMul with the scale on the queries only. The exporter's own
       translation computes the transposition of the keys from their shape at run time (nine nodes a layer).
+    * scope_steps: a Loop, see `scope_loop`.
     """
     op = require(f"onnxscript.onnx_opset._impl.opset{opset}")
     op = getattr(op, f"Opset{opset}")()
@@ -50,6 +52,7 @@ def translation_table(opset: int) -> dict[Any, Callable[..., Any]]:
 
     aten = torch.ops.aten
     return {
+        torch.ops.holov_export.scope_steps.default: scope_loop(),
         aten.sort.stable: sort,
         aten.sort.default: sort_unstable,
         aten.scaled_dot_product_attention.default: attention,

@@ -14,14 +14,18 @@ from holov_export.spec import RandomPolicy
 class ClsTopkRule(nn.Module):
     """`cls-topk`: the tokens with the highest CLS attention, in raster order."""
 
-    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return raster_order(saliency, quota)
 
 
 class UniformRule(nn.Module):
     """`uniform`: the middle of each of `quota` equal parts of the raster, blind to the picture."""
 
-    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor
+    ) -> tuple[Tensor, Tensor]:
         tokens = saliency.shape[-1]
         index = torch.arange(tokens, device=saliency.device)[None]
         asked = quota[:, None]
@@ -41,5 +45,7 @@ class RandomRule(nn.Module):
         priority[random_order(policy, tokens)] = np.arange(tokens, 0, -1)
         self.register_buffer("priority", torch.from_numpy(priority)[None], persistent=False)
 
-    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return raster_order(self.priority.expand_as(saliency), quota)

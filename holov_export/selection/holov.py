@@ -47,7 +47,9 @@ class HolovRule(nn.Module):
         self.table = CropTable(crops_of_grid(grid, policy.crops, policy.layout))
         self.quotas = OfficialQuotas(self.table)
 
-    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor
+    ) -> tuple[Tensor, Tensor]:
         rank = self.table.join(ranks(self.table.split(saliency, fill=-1.0)))
         in_quota = rank < self.table.spread(self.quotas(saliency, quota))
         return raster_order(torch.where(in_quota, _ABOVE, saliency), quota)
@@ -70,7 +72,9 @@ class HolovOfficialRule(nn.Module):
         self.register_buffer("rank_in_raster", self.table.join(raster), persistent=False)
         self.register_buffer("crop_start", self.table.spread(start), persistent=False)
 
-    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor
+    ) -> tuple[Tensor, Tensor]:
         tokens = saliency.shape[-1]
         allotted = self.quotas(saliency, quota)
         rank = self.table.join(ranks(self.table.split(saliency, fill=-1.0)))
@@ -91,7 +95,9 @@ class HolovPaperRule(nn.Module):
         self.table = CropTable(crops_of_grid(grid, policy.crops, policy.layout))
         self.tau = policy.tau
 
-    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor
+    ) -> tuple[Tensor, Tensor]:
         assert features is not None  # the policy declares that it reads features
         holistic = self.table.join(self._holistic(saliency, features))
         shares = self._shares(self._weights(self.table.mean(holistic)), quota)

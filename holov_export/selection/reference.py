@@ -16,6 +16,7 @@ from holov_export.spec import (
     HolovPaperPolicy,
     HolovPolicy,
     RandomPolicy,
+    ScopePolicy,
     SelectionPolicy,
     UniformPolicy,
 )
@@ -53,6 +54,10 @@ def positions_of(
         if features is None:
             raise ValueError("holov-paper needs features")
         return _holov_paper(policy, saliency, features, quota, grid)
+    if isinstance(policy, ScopePolicy):
+        if features is None:
+            raise ValueError("scope needs features")
+        return np.sort(scope_order(policy, saliency, features, quota))
     if isinstance(policy, ClsTopkPolicy):
         return np.sort(_descending(saliency)[:quota])
     if isinstance(policy, UniformPolicy):
@@ -165,6 +170,25 @@ def paper_quotas(weights: Saliency, quota: int, sizes: Int64Array) -> Int64Array
     for crop in _descending(weights):
         shares[crop] += min(quota - shares.sum(), sizes[crop] - shares[crop])
     return shares
+
+
+def scope_order(policy: ScopePolicy, saliency: Saliency, features: Features, quota: int) -> Int64Array:
+    """The tokens in the order in which SCOPE's greedy steps take them.
+
+    The published code divides by a norm of zero where a token is zero; here it is similar to nothing.
+    Source: kinredon/SCOPE scope/clip_encoder.py; arXiv 2510.24214.
+    """
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), EPSILON)
+    similarity = unit @ unit.T
+    weights = saliency ** np.float32(policy.alpha)
+    covered = np.zeros_like(saliency)
+    order: list[int] = []
+    for _ in range(quota):
+        gain = np.maximum(similarity - covered[None, :], 0).sum(axis=1, dtype=np.float32) * weights
+        gain[order] = -1
+        order.append(int(gain.argmax()))
+        covered = np.maximum(covered, similarity[order[-1]])
+    return np.array(order, dtype=np.int64)
 
 
 def _descending(values: Saliency) -> Int64Array:

@@ -6,12 +6,14 @@ from torch import nn
 
 from holov_export.selection.baselines import ClsTopkRule, RandomRule, UniformRule
 from holov_export.selection.holov import HolovOfficialRule, HolovPaperRule, HolovRule
+from holov_export.selection.scope import ScopeRule
 from holov_export.spec import (
     ClsTopkPolicy,
     HolovOfficialPolicy,
     HolovPaperPolicy,
     HolovPolicy,
     RandomPolicy,
+    ScopePolicy,
     SelectionPolicy,
 )
 
@@ -24,6 +26,8 @@ def rule_from_policy(policy: SelectionPolicy, grid: tuple[int, int]) -> nn.Modul
         return HolovOfficialRule(policy, grid)
     if isinstance(policy, HolovPaperPolicy):
         return HolovPaperRule(policy, grid)
+    if isinstance(policy, ScopePolicy):
+        return ScopeRule(policy)
     if isinstance(policy, ClsTopkPolicy):
         return ClsTopkRule()
     if isinstance(policy, RandomPolicy):

@@ -18,13 +18,16 @@ from holov_export.tensors import Int64Array
 class Rule(Protocol):
     """A torch module that decides which tokens stay. Static control flow only: it is exported."""
 
-    def __call__(self, saliency: Tensor, features: Tensor | None, quota: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Decide.
 
         Args:
             saliency: float32 [B, N].
             features: float32 [B, N, D], or None if the policy reads none.
-            quota: int64 [B], 1..N.
+            quota: int64 [B], 1..K.
+            budget: int64 [1], K. A shape value: the only thing that a loop may take its trip count from.
 
         Returns:
             (positions int64 [B, N] whose first `counts` entries are the kept tokens in output order and the rest -1,

@@ -177,7 +177,7 @@ class LlavaVision(nn.Module):
         normed, keys, values = layer.keys_and_values(x)
         saliency = layer.saliency(normed, keys)
         if self.features is FeatureSource.NONE:
-            positions, counts = self.select(saliency, None, wanted, size)
+            positions, counts = self.select(saliency, None, wanted, asked, size)
             index = positions.clamp_min(0) + 1
             hidden = layer.rows(take_rows(x, index), take_rows(normed, index), keys, values)
             tokens = self.multi_modal_projector(hidden)
@@ -185,16 +185,18 @@ class LlavaVision(nn.Module):
             hidden = layer.rows(x, normed, keys, values)[:, 1:]
             if self.features is FeatureSource.PROJECTED:
                 hidden = self.multi_modal_projector(hidden)
-            positions, counts = self.select(saliency, hidden.float(), wanted, size)
+            positions, counts = self.select(saliency, hidden.float(), wanted, asked, size)
             tokens = take_rows(hidden, positions.clamp_min(0))
             if self.features is FeatureSource.HIDDEN:
                 tokens = self.multi_modal_projector(tokens)
         real = (positions >= 0).unsqueeze(-1)
         return torch.where(real, tokens, torch.zeros((), dtype=tokens.dtype)), positions, counts, saliency
 
-    def select(self, saliency: Tensor, features: Tensor | None, quota: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    def select(
+        self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor, size: int
+    ) -> tuple[Tensor, Tensor]:
         """(positions int64 [B, K], counts int64 [B])."""
-        positions, counts = self.selection(saliency, features, quota)
+        positions, counts = self.selection(saliency, features, quota, budget)
         return positions[:, :size], counts
 
 

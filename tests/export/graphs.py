@@ -10,6 +10,7 @@ import onnx
 SHAPE_INPUTS: dict[str, tuple[int, ...]] = {
     "ConstantOfShape": (0,),
     "Expand": (1,),
+    "Loop": (0,),
     "Pad": (1, 3),
     "Range": (0, 1, 2),
     "ReduceMax": (1,),
@@ -26,8 +27,14 @@ SHAPE_INPUTS: dict[str, tuple[int, ...]] = {
 }
 #: operators that read only the shape of their input
 SHAPE_READERS = {"Shape", "Size"}
-#: operators whose output has a shape that depends on values, or that hold a graph of their own
-FORBIDDEN = {"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Scan", "SequenceMap", "StringSplit", "Unique"}
+#: operators whose output has a shape that depends on values, or that branch
+FORBIDDEN = {"Compress", "If", "NonMaxSuppression", "NonZero", "Scan", "SequenceMap", "StringSplit", "Unique"}
+
+
+def bodies(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The graphs that nodes of the main graph hold."""
+    for node in model.graph.node:
+        yield from (attribute.g for attribute in node.attribute if attribute.g.node)
 
 
 def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from graphs import FORBIDDEN, ancestors_until, shape_values, sources_of
+from graphs import FORBIDDEN, ancestors_until, bodies, shape_values, sources_of
 from noisy import noisy_copy
 from onnx import TensorProto, helper
 
@@ -191,8 +191,28 @@ def test_names_shapes_and_types_are_the_signature(graph: Exported) -> None:
 
 def test_no_shape_depends_on_data(graph: Exported) -> None:
     model = graph.model
-    assert not {node.op_type for node in model.graph.node} & FORBIDDEN
+    operators = {node.op_type for graph in (model.graph, *bodies(model)) for node in graph.node}
+    assert not operators & FORBIDDEN
+    assert ("Loop" in operators) == (graph.plan.policy.method == "scope")
     assert sources_of(model, shape_values(model)) == {"budget"}
+
+
+def test_nothing_in_a_loop_changes_its_shape(export: Export) -> None:
+    """Scope's steps: a trip count, no condition, nothing scanned out, and shapes inside from constants only."""
+    model = export("scope", Precision.FP32).model
+    (loop,) = [node for node in model.graph.node if node.op_type == "Loop"]
+    (body,) = bodies(model)
+    assert loop.input[1] == ""
+    assert len(loop.input) == len(body.input) == len(body.output) + 1 == len(loop.output) + 2
+    floats = [TensorProto.FLOAT] * 2
+    assert [value.type.tensor_type.elem_type for value in body.input[2:]] == floats
+    assert [value.type.tensor_type.elem_type for value in body.output[1:]] == floats
+    constants = {tensor.name for tensor in model.graph.initializer}
+    assert set(shape_values(helper.make_model(body))) <= constants
+    assert {node.op_type for node in body.node} == {
+        "Add", "ArgMax", "Cast", "Equal", "Gather", "Greater", "Identity", "Max", "Mul", "ReduceSum", "Relu", "Squeeze",
+        "Sub", "Unsqueeze", "Where",
+    }  # fmt: skip
 
 
 def test_the_walk_sees_a_shape_that_depends_on_data() -> None:
@@ -215,7 +235,9 @@ def test_only_onnx_operators(graph: Exported) -> None:
     assert [(item.domain, item.version) for item in model.opset_import] == [("", graph.plan.opset)]
     assert {node.domain for node in model.graph.node} == {""}
     assert not model.functions
-    assert not [node.name for node in model.graph.node if any(a.g.node or a.graphs for a in node.attribute)]
+    assert not [
+        node.name for node in model.graph.node if node.op_type != "Loop" and any(a.g.node for a in node.attribute)
+    ]
 
 
 def test_no_dense_attention_of_the_feature_layer(export: Export) -> None:

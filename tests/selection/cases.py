@@ -18,6 +18,7 @@ from holov_export.spec import (
     HolovOfficialPolicy,
     HolovPaperPolicy,
     HolovPolicy,
+    ScopePolicy,
     SelectionPolicy,
     policy_from_settings,
 )
@@ -39,6 +40,8 @@ SETTINGS: list[tuple[str, dict[str, str]]] = [
     ("holov-paper", {"crops": "6", "tau": "0.5"}),
     ("holov-paper", {"tau": "4"}),
     ("holov-paper", {"crops": "100"}),
+    ("scope", {}),
+    ("scope", {"alpha": "0.5"}),
     ("cls-topk", {}),
     ("uniform", {}),
     ("random", {}),
@@ -55,7 +58,7 @@ def kept(policy: SelectionPolicy, saliency: Floats, quota: npt.ArrayLike, grid: 
     asked = torch.as_tensor(np.asarray(quota, dtype=np.int64))
     with torch.no_grad():
         positions, counts = rule_from_policy(policy, grid)(
-            torch.from_numpy(saliency), torch.from_numpy(features), asked
+            torch.from_numpy(saliency), torch.from_numpy(features), asked, asked.amax()[None]
         )
     assert positions.dtype == counts.dtype == torch.int64
     assert positions.shape == saliency.shape
@@ -100,6 +103,8 @@ def hangs_on_rounding(policy: SelectionPolicy, saliency: Floats, quota: int, gri
     """True where the rule's result for one picture may change with the last bit of a sum (computed in float64)."""
     if isinstance(policy, HolovPaperPolicy):
         return _paper_hangs(policy, saliency, quota, grid, features)
+    if isinstance(policy, ScopePolicy):
+        return _scope_hangs(policy, saliency, quota, features)
     if not isinstance(policy, HolovPolicy | HolovOfficialPolicy):
         return False
     layout = policy.layout if isinstance(policy, HolovPolicy) else CropLayout.STRIPS
@@ -122,6 +127,26 @@ def _paper_hangs(policy: HolovPaperPolicy, saliency: Floats, quota: int, grid: G
     extra = surplus * pull / max(pull.sum(), 1e-12)
     close = any(_nearly_equal(score) for score in [*scores, weights])
     return close or (len(crops) > 1 and (_near_whole(weights * quota) or _near_whole(extra)))
+
+
+def _scope_hangs(policy: ScopePolicy, saliency: Floats, quota: int, features: Floats) -> bool:
+    """The best and the second best of some step differ by less than float32 can tell. Exact ties count: what is equal
+    in one order of summation need not be in another."""
+    rows = features.astype(np.float64)
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+    similarity, weights = unit @ unit.T, saliency.astype(np.float64) ** policy.alpha
+    covered, taken = np.zeros(len(saliency)), np.zeros(len(saliency), dtype=bool)
+    for _ in range(quota):
+        gain = np.where(taken, -1.0, np.maximum(similarity - covered, 0).sum(1) * weights)
+        best = int(gain.argmax())
+        rivals = (gain >= 0) & (np.arange(len(gain)) != best)
+        # each similarity is off by some 1e-7, whatever is left of it after subtraction, and the errors are independent
+        error = 5e-7 * np.sqrt(len(gain)) * np.maximum(weights, weights[best])
+        if (gain[best] - gain < error + 1e-6 * gain[best])[rivals].any():
+            return True
+        taken[best] = True
+        covered = np.maximum(covered, similarity[best])
+    return False
 
 
 def _holistic(attention: npt.NDArray[np.float64], rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -86,7 +86,9 @@ def test_features_do_not_change_what_is_kept(
     dice = np.random.default_rng([tokens, FEATURES.index(feature_kind), len(attention_kind)])
     attention = realistic(attention_kind, images, tokens, dice)
     budgets = dice.choice([1, tokens // 9, tokens // 3, tokens - 1, tokens], images)
-    ours, _ = rule_from_policy(policy, grid)(torch.from_numpy(attention), None, torch.from_numpy(budgets))
+    ours, _ = rule_from_policy(policy, grid)(
+        torch.from_numpy(attention), None, torch.from_numpy(budgets), torch.tensor([int(budgets.max())])
+    )
     on_a_tie = 0
     for image in range(images):
         budget = int(budgets[image])
@@ -113,7 +115,7 @@ def test_zero_rows_do_occur() -> None:
     """Peaky attention overflows crops, so the comparison above has seen zero rows."""
     attention = realistic("peaky", 200, 576, np.random.default_rng(0))
     positions, _ = rule_from_policy(HolovOfficialPolicy(), (24, 24))(
-        torch.from_numpy(attention), None, torch.full((200,), 192)
+        torch.from_numpy(attention), None, torch.full((200,), 192), torch.tensor([192])
     )
     assert ((positions[:, :192] == -1).any(1).sum()) > 10
 
