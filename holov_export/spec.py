@@ -224,6 +224,16 @@ class HolovPaperPolicy(_Policy):
     tau: float = Field(default=1.0, gt=0)
 
 
+class ScopePolicy(_Policy):
+    """SCOPE: greedy coverage of the feature layer's tokens, weighted by saliency to the power of `alpha`."""
+
+    summary: ClassVar[str] = "greedy: what covers most that is not covered yet, times CLS attention; raster order"
+    source: ClassVar[str] = "arXiv 2510.24214; kinredon/SCOPE scope/clip_encoder.py"
+    features: ClassVar[FeatureSource] = FeatureSource.HIDDEN
+    method: Literal["scope"] = "scope"
+    alpha: float = Field(default=1.0, gt=0)
+
+
 class ClsTopkPolicy(_Policy):
     """The tokens that the CLS token attends to most, in raster order: the baseline to beat."""
 
@@ -249,8 +259,26 @@ class RandomPolicy(_Policy):
     seed: int = Field(default=0, ge=0)
 
 
+class NoSelection(_Policy):
+    """No rule: all tokens of a plain encoder, the first `budget` of them in raster order. For comparisons only.
+
+    Not in `POLICIES`, because it saves nothing: `verify.baselines` writes such bundles.
+    """
+
+    summary: ClassVar[str] = "the plain encoder, for comparisons"
+    source: ClassVar[str] = "control"
+    method: Literal["none"] = "none"
+
+
 SelectionPolicy = Annotated[
-    HolovPolicy | HolovOfficialPolicy | HolovPaperPolicy | ClsTopkPolicy | UniformPolicy | RandomPolicy,
+    HolovPolicy
+    | HolovOfficialPolicy
+    | HolovPaperPolicy
+    | ScopePolicy
+    | ClsTopkPolicy
+    | UniformPolicy
+    | RandomPolicy
+    | NoSelection,
     Field(discriminator="method"),
 ]
 
@@ -259,6 +287,7 @@ POLICIES: dict[str, type[_Policy]] = {
     "holov": HolovPolicy,
     "holov-official": HolovOfficialPolicy,
     "holov-paper": HolovPaperPolicy,
+    "scope": ScopePolicy,
     "cls-topk": ClsTopkPolicy,
     "uniform": UniformPolicy,
     "random": RandomPolicy,
