@@ -36,6 +36,7 @@ RULES: tuple[tuple[str, dict[str, str]], ...] = (
     ("holov", {}),
     ("holov-official", {}),
     ("holov-paper", {}),
+    ("scope", {}),
     ("cls-topk", {}),
     ("uniform", {}),
     ("random", {"seed": "0"}),
