@@ -26,6 +26,7 @@ def clean(model: ir.Model, axes: dict[str, str]) -> None:
     scopes = _scopes_of(model)
     fold_transposed_weights(model)
     name_weights(model, scopes)
+    free_loop_conditions(model)
     name_nodes(model, scopes)
     name_constants(model)
     type_loop_bodies(model)
@@ -147,6 +148,27 @@ def name_constants(model: ir.Model) -> None:
         uses = list(value.uses())
         if uses and "." not in str(value.name):
             value.name = f"{uses[0].node.name}#{uses[0].idx}"
+
+
+def free_loop_conditions(model: ir.Model) -> None:
+    """Let the body of a Loop that only counts say "go on" by a constant, and not by the condition it was handed.
+
+    TensorRT's parser registers a body's condition only if the Loop is given one, and fails on a node that reads it.
+    Source: onnx/onnx-tensorrt importers of Loop, 8.5-GA to 10.1-GA.
+    """
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != "Loop" or node.inputs[1] is not None:
+            continue
+        body = node.attributes["body"].as_graph()
+        handed = body.outputs[0].producer()
+        if handed is not None and handed.op_type == "Identity" and handed.inputs[0] is body.inputs[1]:
+            constant = ir.node("Constant", [], {"value": ir.tensor(True)})
+            body.insert_before(handed, constant)
+            going, name = constant.outputs[0], body.outputs[0].name
+            going.type, going.shape = body.outputs[0].type, body.outputs[0].shape
+            body.outputs[0] = going
+            body.remove(handed, safe=True)
+            going.name = name
 
 
 def type_loop_bodies(model: ir.Model) -> None:
