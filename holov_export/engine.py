@@ -125,30 +125,44 @@ def read_engine(folder: Path) -> Engine:
 
 
 def engines_in(folder: Path) -> list[Engine]:
-    """The engines whose records lie in `folder`/<target>/, by name. Folders without a record are no engines."""
+    """The engines whose records lie in `folder`/<target>/, by name.
+
+    Folders without a record are no engines, nor are hidden ones: a killed build may have left one (see `storage`).
+    """
     if not folder.is_dir():
         return []
-    return [read_engine(path) for path in sorted(folder.iterdir()) if (path / RECORD).is_file()]
+    found = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    return [read_engine(path) for path in found if (path / RECORD).is_file()]
 
 
-def check_engine(engine: Engine, gpu: Gpu, tensorrt: str, *, graph_sha256: str, weights_sha256: str) -> None:
+def check_engine(
+    engine: Engine, gpu: Gpu, tensorrt: str, *, graph_sha256: str, weights_sha256: str, full: bool = True
+) -> None:
     """Refuse an engine that must not reach TensorRT: another GPU, TensorRT or graph, or a changed file.
+
+    Args:
+        full: compare the plan's sha256, not its size alone.
 
     Raises:
         EngineError: built for another GPU or by another TensorRT, or from another graph or other weights.
         IntegrityError: the plan is missing, of another size or of another hash.
     """
     record = engine.record
-    _check_machine(record, gpu, tensorrt)
+    check_machine(record, gpu, tensorrt)
     if (record.graph_sha256, record.weights_sha256) != (graph_sha256, weights_sha256):
         raise EngineError(
             f"the engine '{record.target}' was built from another graph than this bundle's.",
             hint="Compile the bundle again.",
         )
-    check_plan(engine)
+    check_plan(engine, full=full)
 
 
-def _check_machine(record: EngineRecord, gpu: Gpu, tensorrt: str) -> None:
+def check_machine(record: EngineRecord, gpu: Gpu, tensorrt: str) -> None:
+    """Refuse an engine that was built for another GPU or by another TensorRT, from its record alone.
+
+    Raises:
+        EngineError: says which.
+    """
     built = record.built_with
     again = f"Compile it here: holov-export compile BUNDLE --target {record.target}"
     if not _same_architecture(built, gpu.sm):
@@ -181,8 +195,8 @@ def _same_tensorrt(built: BuiltWith, tensorrt: str) -> bool:
     return ours == theirs or (theirs, ours) in {(8, 9), (8, 10), (9, 10), (10, 11)}
 
 
-def check_plan(engine: Engine) -> None:
-    """Compare vision.engine with the record.
+def check_plan(engine: Engine, *, full: bool = True) -> None:
+    """Compare vision.engine with the record: its size, and with `full` its sha256.
 
     Raises:
         IntegrityError: it is missing, of another size or of another hash.
@@ -195,7 +209,7 @@ def check_plan(engine: Engine) -> None:
         raise IntegrityError(
             f"{ENGINE} has {size} bytes, its record says {engine.record.bytes}.", hint="Compile the engine again."
         )
-    if sha256_of(engine.plan) != engine.record.sha256:
+    if full and sha256_of(engine.plan) != engine.record.sha256:
         raise IntegrityError(
             f"{ENGINE} differs from its sha256: it was changed after the build.", hint="Compile the engine again."
         )

@@ -1,4 +1,4 @@
-"""checkpoint --tower + selection--> graph --onnx_from_graph--> bundle: the export, step by step.
+"""checkpoint --tower + selection--> graph --onnx_from_graph--> bundle --engine_from_bundle--> engine, step by step.
 
 Knows nothing of terminals: progress goes to a callback, results are returned.
 """
@@ -29,7 +29,12 @@ from holov_export.bundle import (
     write_manifest,
 )
 from holov_export.catalog import Checkpoint, checkpoint_from_reference, reference_from_name
-from holov_export.errors import CheckpointError, ParityError
+from holov_export.compile.compilation import CompileOptions, plan_from_target
+from holov_export.compile.engine_from_onnx import engine_from_bundle
+from holov_export.compile.machine import check_gpu, this_machine
+from holov_export.compile.readiness import ReadinessReport, readiness_of_bundle
+from holov_export.engine import Engine
+from holov_export.errors import BundleError, CheckpointError, ParityError
 from holov_export.extras import require
 from holov_export.spec import (
     OPSETS,
@@ -39,12 +44,16 @@ from holov_export.spec import (
     Precision,
     SelectionPolicy,
 )
+from holov_export.targets import EngineTarget
 from holov_export.verify.answers import compare_decoder
 from holov_export.verify.parity import ParityReport
 from holov_export.verify.pictures import default_pictures
 from holov_export.verify.vision_parity import parity_report
 
 Tell = Callable[[str], None]
+
+#: names of the reports that an export writes
+PARITY, READINESS = "parity.json", "readiness.json"
 
 #: distributions whose versions go into a manifest
 _RECORDED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
@@ -130,6 +139,8 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
     with atomic_folder(output, overwrite=request.overwrite) as work:
         tell(f"export the vision graph ({plan.precision.value}, {plan.policy.method})")
         _write_vision(plan, checkpoint, work)
+        tell("check the graph against TensorRT's rules")
+        _write_report(readiness_of_bundle(work), READINESS, work)
         _copy_tokenizer(checkpoint.folder, work)
         if plan.decoder is not None:
             tell(f"build the decoder ({plan.decoder.value})")
@@ -138,12 +149,33 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
         report = None
         if request.verify:
             report = verify_bundle(bundle, checkpoint.folder, default_pictures(), with_transformers=False, tell=tell)
-            _write_report(report, work)
+            _write_report(report, PARITY, work)
             refuse_if_failed(report)
         tell("hash and write the manifest")
         manifest = _manifest(plan, work, hashed=True)
         write_manifest(work, manifest)
     return Bundle(output, manifest), report
+
+
+def export_and_compile(
+    request: ExportRequest, target: EngineTarget, options: CompileOptions | None = None, *, tell: Tell = silent
+) -> tuple[Bundle, ParityReport | None, Engine]:
+    """Export a checkpoint and build its engine here. What would refuse the engine is asked before the export begins.
+
+    Returns:
+        (the finished bundle, its parity report or None, the engine). If the build fails, the bundle stays.
+
+    Raises:
+        HolovExportError: see `export_bundle` and `engine_from_bundle`.
+    """
+    options = options or CompileOptions()
+    machine = this_machine()
+    check_gpu(target, machine.gpu)
+    plan, _ = plan_from_request(request)
+    plan_from_target(plan, target, options, machine.tensorrt)
+    bundle, report = export_bundle(request, tell=tell)
+    tell(f"the bundle is written: {bundle.folder}")
+    return bundle, report, engine_from_bundle(bundle, target, options, tell=tell)
 
 
 def verify_bundle(
@@ -230,9 +262,24 @@ def _copy_tokenizer(folder: Path, work: Path) -> None:
     shutil.copyfile(path, work / TOKENIZER)
 
 
-def _write_report(report: ParityReport, work: Path) -> None:
+def readiness_report(bundle: Bundle) -> ReadinessReport:
+    """What the export found about TensorRT.
+
+    Raises:
+        BundleError: the bundle has no such report, or one of another version.
+    """
+    path = bundle.folder / REPORTS / READINESS
+    try:
+        return ReadinessReport.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"the bundle has no report that can be read: {path.name}.", hint="Export it again."
+        ) from error
+
+
+def _write_report(report: ParityReport | ReadinessReport, name: str, work: Path) -> None:
     (work / REPORTS).mkdir(exist_ok=True)
-    (work / REPORTS / "parity.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (work / REPORTS / name).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def _manifest(plan: ExportPlan, work: Path, *, hashed: bool) -> Manifest:

@@ -71,11 +71,26 @@ def cli() -> None:
 def _register() -> None:
     from holov_export.cli.ask import ask, show
     from holov_export.cli.check import check, lower
+    from holov_export.cli.compile import compile_engine
     from holov_export.cli.export import export
     from holov_export.cli.look import doctor, inspect, methods, models, verify
     from holov_export.cli.targets import estimate_command, targets
 
-    for command in (export, ask, show, inspect, verify, check, lower, estimate_command, targets, doctor, models, methods):
+    for command in (
+        export,
+        ask,
+        show,
+        inspect,
+        verify,
+        check,
+        lower,
+        compile_engine,
+        estimate_command,
+        targets,
+        doctor,
+        models,
+        methods,
+    ):
         cli.add_command(command)
 
 

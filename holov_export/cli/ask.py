@@ -13,12 +13,20 @@ from PIL import Image
 
 from holov_export.bundle import open_bundle, read_manifest
 from holov_export.cli.console import OUT, print_json, say
-from holov_export.cli.options import UserPath, bundle_argument, provider_option, verify_option
+from holov_export.cli.options import (
+    UserPath,
+    bundle_argument,
+    engine_option,
+    engine_target_option,
+    provider_option,
+    verify_option,
+)
 from holov_export.errors import StorageError
 from holov_export.pipeline import checkpoint_of
 from holov_export.runtime.decoder import check_sampling
 from holov_export.runtime.preprocess import image_from
 from holov_export.runtime.runner import chosen_budget, quota_array
+from holov_export.runtime.runner_choice import runner_from_bundle
 from holov_export.runtime.session import Session
 from holov_export.spec import POLICIES
 from holov_export.tensors import Generation, SamplingSettings
@@ -43,6 +51,8 @@ from holov_export.verify.picture import panels_from_bundle, picture_of_panels
 @click.option("--stop", multiple=True, help="A string that ends the answer; repeat for more.")
 @click.option("--raw", is_flag=True, help="The prompt is complete: no chat template is put around it.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@engine_option
+@engine_target_option
 @provider_option
 @verify_option
 @click.option("--json", "as_json", is_flag=True, help="Answer and timings as JSON on stdout.")
@@ -62,6 +72,8 @@ def ask(
     stop: tuple[str, ...],
     raw: bool,
     threads: int | None,
+    engine: str,
+    target: str | None,
     provider: str,
     verify: Literal["full", "size"],
     as_json: bool,
@@ -76,10 +88,20 @@ def ask(
         sys.stdout.flush()
 
     check_sampling(sampling)
+    _check_engine(engine, target)
     _check_request(bundle, images, budget, quotas)
     opened = open_bundle(bundle, verify=verify)
     weights = checkpoint_of(opened, checkpoint) if decoder == "hf" else None
-    with Session.open(opened, decoder=decoder, provider=provider, threads=threads, checkpoint=weights) as session:
+    with Session.open(
+        opened,
+        decoder=decoder,
+        engine=engine,
+        target=target,
+        provider=provider,
+        threads=threads,
+        verify=verify,
+        checkpoint=weights,
+    ) as session:
         answer = session.ask(
             list(images),
             prompt,
@@ -94,6 +116,11 @@ def ask(
         return
     sys.stdout.write("\n")
     say(_timing_line(answer))
+
+
+def _check_engine(engine: str, target: str | None) -> None:
+    if target is not None and engine != "tensorrt":
+        raise click.UsageError("--target is for --engine tensorrt only; ONNX Runtime runs the graph itself.")
 
 
 def _check_request(bundle: Path, images: Sequence[Path], budget: int | None, quotas: Sequence[int] = ()) -> None:
@@ -162,6 +189,8 @@ def _timing_line(answer: Generation) -> str:
     show_default=True,
     help="The picture; its ending names the format.",
 )
+@engine_option
+@engine_target_option
 @provider_option
 @verify_option
 def show(
@@ -171,6 +200,8 @@ def show(
     methods: str | None,
     side: int,
     output: Path,
+    engine: str,
+    target: str | None,
     provider: str,
     verify: Literal["full", "size"],
 ) -> None:
@@ -180,12 +211,14 @@ def show(
     unknown = [name for name in names if name not in POLICIES]
     if unknown:
         raise click.UsageError(f"unknown method '{unknown[0]}'; known: {', '.join(POLICIES)}.")
+    _check_engine(engine, target)
     _check_request(bundle, [image], budget)
     opened = open_bundle(bundle, verify=verify)
     plan = opened.manifest.plan
     wanted = chosen_budget(budget, None, plan.model.vision.tokens)
     names = names or [plan.policy.method]
-    picture, box, panels = panels_from_bundle(opened, image, wanted, names, provider=provider)
+    with runner_from_bundle(opened, engine=engine, target=target, provider=provider, verify=verify) as runner:
+        picture, box, panels = panels_from_bundle(opened, runner, image, wanted, names)
     drawn = picture_of_panels(picture, box, panels, plan.model.vision.grid, side=side)
     try:
         drawn.save(output)

@@ -9,11 +9,16 @@ import click
 from pydantic import ValidationError
 
 from holov_export.bundle import Bundle
+from holov_export.cli.compile import engine_json, previews_json, print_engine, print_previews, target_asked
 from holov_export.cli.console import OUT, print_json, progress, say, size_text, table
 from holov_export.cli.options import UserPath, json_option
+from holov_export.compile.compilation import CompileOptions, engine_folder
+from holov_export.compile.preview import previews
+from holov_export.engine import Engine
 from holov_export.errors import UsageError
-from holov_export.pipeline import ExportRequest, export_bundle, plan_from_request
+from holov_export.pipeline import ExportRequest, export_and_compile, export_bundle, plan_from_request, readiness_report
 from holov_export.spec import POLICIES, DecoderPrecision, ExportPlan, Precision, SelectionPolicy, policy_from_settings
+from holov_export.targets import EngineTarget
 from holov_export.verify.parity import ParityReport
 
 
@@ -40,6 +45,9 @@ from holov_export.verify.parity import ParityReport
 @click.option("-o", "--output", type=UserPath(), help="Folder of the bundle.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
 @click.option("--no-verify", is_flag=True, help="Write the bundle without comparing it with torch and the reference.")
+@click.option(
+    "--target", "target_name", help="Compile it here, too: a name of `holov-export targets`, a TOML file, auto."
+)
 @click.option("--dry-run", is_flag=True, help="Print the resolved plan and stop.")
 @json_option
 def export(
@@ -53,6 +61,7 @@ def export(
     output: Path | None,
     overwrite: bool,
     no_verify: bool,
+    target_name: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -69,16 +78,38 @@ def export(
         verify=not no_verify,
         decoder_provider=decoder_provider,
     )
+    target = None if target_name is None else target_asked(target_name, dry_run=dry_run)
     if dry_run:
-        plan, target = plan_from_request(request)
-        _print_plan(plan, target, as_json)
+        _dry_run(request, target, as_json)
         return
+    engine = None
     with progress() as tell:
-        bundle, report = export_bundle(request, tell=tell)
+        if target is None:
+            bundle, report = export_bundle(request, tell=tell)
+        else:
+            bundle, report, engine = export_and_compile(request, target, tell=tell)
     if as_json:
-        print_json(_result(bundle, report))
+        print_json(_result(bundle, report, engine))
     else:
         _print_result(bundle, report)
+        if engine is not None:
+            print_engine(engine)
+
+
+def _dry_run(request: ExportRequest, target: EngineTarget | None, as_json: bool) -> None:
+    """Print what would be exported, and with a target what would be compiled."""
+    plan, output = plan_from_request(request)
+    if target is None:
+        _print_plan(plan, output, as_json)
+        return
+    options = CompileOptions()
+    made, folder = previews(plan, output, target, options), engine_folder(output, target.name, options)
+    if as_json:
+        print_json({**_plan_json(plan, output), "compile": previews_json(made, folder)})
+        return
+    _print_plan(plan, output, as_json)
+    OUT.print()
+    print_previews(made, folder, as_json)
 
 
 def _policy(method: str, settings: tuple[str, ...]) -> SelectionPolicy:
@@ -104,9 +135,13 @@ def _decoder_precision(asked: str | None, precision: Precision) -> DecoderPrecis
     return DecoderPrecision.FP32 if precision is Precision.FP32 else DecoderPrecision.FP16
 
 
+def _plan_json(plan: ExportPlan, output: Path) -> dict[str, Any]:
+    return {"output": str(output), "plan": plan.model_dump(mode="json")}
+
+
 def _print_plan(plan: ExportPlan, output: Path, as_json: bool) -> None:
     if as_json:
-        print_json({"output": str(output), "plan": plan.model_dump(mode="json")})
+        print_json(_plan_json(plan, output))
         return
     vision, decoder = plan.model.vision, plan.model.decoder
     exported = f"{vision.feature_layer + 1} of {vision.layers} layers"
@@ -126,19 +161,32 @@ def _print_plan(plan: ExportPlan, output: Path, as_json: bool) -> None:
     OUT.print(made)
 
 
-def _result(bundle: Bundle, report: ParityReport | None) -> dict[str, Any]:
-    return {
+def _result(bundle: Bundle, report: ParityReport | None, engine: Engine | None) -> dict[str, Any]:
+    readiness = readiness_report(bundle)
+    made = {
         "bundle": str(bundle.folder),
         "bytes": sum(item.bytes for item in bundle.manifest.artifacts),
         "parity": None if report is None else report.model_dump(mode="json"),
+        "tensorrt": {version.tensorrt: version.ready for version in readiness.versions},
     }
+    return made if engine is None else {**made, **engine_json(engine)}
 
 
 def _print_result(bundle: Bundle, report: ParityReport | None) -> None:
     if report is not None:
         print_report(report)
+    OUT.print(_readiness_line(bundle))
     total = size_text(sum(item.bytes for item in bundle.manifest.artifacts))
     OUT.print(f"{_shown(bundle.folder)}  {total}", soft_wrap=True)
+
+
+def _readiness_line(bundle: Bundle) -> str:
+    """For which TensorRT the graph is ready."""
+    versions = readiness_report(bundle).versions
+    ready = [version.tensorrt for version in versions if version.ready]
+    others = [version.tensorrt for version in versions if not version.ready]
+    line = f"TensorRT: by its rules ready for {', '.join(ready) or 'none'}"
+    return f"{line}, not for {', '.join(others)} (`holov-export check` says why)" if others else line
 
 
 def _shown(path: Path) -> Path:

@@ -8,6 +8,9 @@ from typing import Any
 
 import click
 
+from holov_export.runtime.ort_providers import PROVIDERS
+from holov_export.runtime.runner_choice import ENGINES
+
 
 class UserPath(click.Path):
     """A path that a user typed. A shell leaves the `~` of `--output=~/b` alone, so it is expanded here."""
@@ -22,7 +25,17 @@ class UserPath(click.Path):
 bundle_argument = click.argument("bundle", type=UserPath())
 json_option = click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
 provider_option = click.option(
-    "--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
+    "--provider", type=click.Choice(PROVIDERS), default="auto", show_default=True, help="Where ONNX Runtime runs."
+)
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="ort",
+    show_default=True,
+    help="What runs the vision graph: ONNX Runtime, or the bundle's compiled TensorRT engine.",
+)
+engine_target_option = click.option(
+    "--target", metavar="NAME", help="For --engine tensorrt: which compiled engine [default: the one that fits]."
 )
 verify_option = click.option(
     "--verify",

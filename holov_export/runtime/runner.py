@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +15,34 @@ from holov_export.tensors import Int64Array, PixelBatch, VisualTokens
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class RunTimes:
+    """Seconds of one run.
+
+    Attributes:
+        host: wall clock from the call to the result.
+        upload, compute, download: on the device, between its own events: pixels and quotas in, the engine, tokens out.
+    """
+
+    host: float
+    upload: float
+    compute: float
+    download: float
+
+    @property
+    def gpu(self) -> float:
+        """On the device altogether."""
+        return self.upload + self.compute + self.download
+
+    def __add__(self, other: RunTimes) -> RunTimes:
+        return RunTimes(
+            self.host + other.host,
+            self.upload + other.upload,
+            self.compute + other.compute,
+            self.download + other.download,
+        )
 
 
 class Runner(Protocol):
@@ -50,6 +79,19 @@ class Runner(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+
+def joined(parts: Sequence[VisualTokens]) -> VisualTokens:
+    """One batch from the results of its parts, which have the same budget."""
+    if len(parts) == 1:
+        return parts[0]
+    saliency = [part.saliency for part in parts if part.saliency is not None]
+    return VisualTokens(
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.positions for part in parts]),
+        np.concatenate([part.counts for part in parts]),
+        np.concatenate(saliency) if saliency else None,
+    )
 
 
 def default_budget(tokens: int) -> int:

@@ -1,4 +1,7 @@
-"""ONNX Runtime over a bundle's vision graph, on the CPU or through CUDA."""
+"""ONNX Runtime over a bundle's vision graph: on the CPU, through CUDA, or through its TensorRT provider.
+
+The CUDA and TensorRT providers have not run on a real GPU yet.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from holov_export.bundle import Bundle
-from holov_export.errors import BundleError, EnvironmentFaultError, ImageError, UnknownNameError
+from holov_export.errors import BundleError, EnvironmentFaultError, ImageError
 from holov_export.extras import require
-from holov_export.runtime.runner import checked_budget, quota_array
+from holov_export.runtime.ort_providers import CUDA, TENSORRT, TENSORRT_BATCHES, session_from_bundle
+from holov_export.runtime.runner import checked_budget, joined, quota_array
 from holov_export.signature import BUDGET, COUNTS, INPUTS, OUTPUTS, PIXEL_VALUES, POSITIONS, QUOTA, SALIENCY
 from holov_export.signature import VISUAL_TOKENS as TOKENS
-from holov_export.tensors import PixelBatch, VisualTokens
+from holov_export.tensors import FloatArray, Int64Array, PixelBatch, VisualTokens
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-PROVIDERS = ("auto", "cpu", "cuda")
-_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_ERRORS_ONLY = 3
 
 
 class OrtRunner:
@@ -34,25 +34,27 @@ class OrtRunner:
 
         Args:
             bundle: an opened bundle.
-            provider: "cpu", "cuda", or "auto" for CUDA where this ONNX Runtime has it.
+            provider: "cpu", "cuda", "tensorrt", or "auto" for CUDA where this ONNX Runtime has it.
             threads: CPU threads within one operator; None for one per core.
             saliency: what `run` does when it is not told.
 
         Raises:
             UnknownNameError: another provider.
             MissingExtraError: onnxruntime is not installed.
-            EnvironmentFaultError: CUDA was asked for and is not there, or this ONNX Runtime cannot load the graph.
+            EnvironmentFaultError: CUDA or TensorRT was asked for and is not there or fell back to the CPU, or this ONNX
+                Runtime cannot load the graph.
             BundleError: the graph's inputs or outputs are not those of the signature.
         """
         _check_type(bundle)
         self._saliency = saliency
-        self._session = _session(bundle, provider, threads)
+        self._session = session_from_bundle(bundle, provider, threads)
         _check_names(self._session)
         pixels = next(item for item in bundle.manifest.inputs if item.name == PIXEL_VALUES)
         self._dtype = np.dtype(pixels.dtype)
         self._image_shape = tuple(int(size) for size in pixels.shape[1:])
         self.tokens = bundle.manifest.plan.model.vision.tokens
-        device = "cuda" if self._session.get_providers()[0] == _CUDA else "cpu"
+        self._largest = TENSORRT_BATCHES[-1] if provider == "tensorrt" else None
+        device = {CUDA: "cuda", TENSORRT: "tensorrt"}.get(self._session.get_providers()[0], "cpu")
         self.name = f"onnxruntime {require('onnxruntime').__version__} ({device})"
 
     def run(
@@ -62,13 +64,23 @@ class OrtRunner:
         budget = checked_budget(budget, self.tokens)
         if pixels.pixel_values.shape[1:] != self._image_shape:
             raise ImageError(f"the pixels are {pixels.pixel_values.shape[1:]}, the graph takes {self._image_shape}.")
-        feed = {
-            PIXEL_VALUES: np.ascontiguousarray(pixels.pixel_values, dtype=self._dtype),
-            BUDGET: np.array([budget], dtype=np.int64),
-            QUOTA: quota_array(quota, budget, len(pixels)),
-        }
+        quotas = quota_array(quota, budget, len(pixels))
         fetch = self._saliency if saliency is None else saliency
-        wanted = [TOKENS, POSITIONS, COUNTS, *([SALIENCY] if fetch else [])]
+        step = self._largest or max(1, len(pixels))
+        return joined(
+            [
+                self._run_part(pixels.pixel_values[at : at + step], budget, quotas[at : at + step], fetch)
+                for at in range(0, max(1, len(pixels)), step)
+            ]
+        )
+
+    def _run_part(self, pixels: FloatArray, budget: int, quotas: Int64Array, saliency: bool) -> VisualTokens:
+        feed = {
+            PIXEL_VALUES: np.ascontiguousarray(pixels, dtype=self._dtype),
+            BUDGET: np.array([budget], dtype=np.int64),
+            QUOTA: quotas,
+        }
+        wanted = [TOKENS, POSITIONS, COUNTS, *([SALIENCY] if saliency else [])]
         if self._session is None:
             raise EnvironmentFaultError("the runner is closed.")
         try:
@@ -99,34 +111,6 @@ def _check_type(bundle: Bundle) -> None:
             "ONNX Runtime cannot run a bfloat16 vision graph: it has no such Conv on the CPU.",
             hint="Compile the bundle for TensorRT, or export with --fp16.",
         )
-
-
-def _session(bundle: Bundle, provider: str, threads: int | None) -> Any:
-    if provider not in PROVIDERS:
-        raise UnknownNameError(f"unknown provider '{provider}'.", hint=f"Known: {', '.join(PROVIDERS)}.")
-    ort = require("onnxruntime")
-    available = ort.get_available_providers()
-    if provider == "cuda" and _CUDA not in available:
-        raise EnvironmentFaultError(
-            f"this ONNX Runtime ({ort.__version__}) has no CUDA; it has {', '.join(available)}.",
-            hint='Run: pip install "holov-export[gpu]", or choose --provider cpu.',
-        )
-    options = ort.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    chosen = [_CPU] if provider == "cpu" or _CUDA not in available else [_CUDA, _CPU]
-    try:
-        session = ort.InferenceSession(str(bundle.vision), options, providers=chosen)
-    except Exception as error:  # onnxruntime's exceptions have no common base
-        raise EnvironmentFaultError(f"ONNX Runtime {ort.__version__} cannot load vision.onnx: {error}") from error
-    if provider == "cuda" and session.get_providers()[0] != _CUDA:
-        # it warns and goes on with the CPU when a CUDA or cuDNN library cannot be loaded
-        raise EnvironmentFaultError(
-            "ONNX Runtime fell back to the CPU: it could not load its CUDA libraries.",
-            hint="Compare the CUDA and cuDNN versions with onnxruntime-gpu's, or choose --provider cpu.",
-        )
-    return session
 
 
 def _check_names(session: Any) -> None:

@@ -20,7 +20,7 @@ from holov_export.errors import EnvironmentFaultError, PromptError
 from holov_export.runtime.decoder import Decoder, check_sampling, decoder_maker
 from holov_export.runtime.preprocess import ImageSource, pixels_from_images
 from holov_export.runtime.runner import Runner, chosen_budget, default_budget, quota_array
-from holov_export.runtime.runner_ort import OrtRunner
+from holov_export.runtime.runner_choice import runner_from_bundle
 from holov_export.runtime.stitch import PromptEncoder, prompt_encoder_from_tokenizer, stitch
 from holov_export.runtime.text_stream import TextStream
 from holov_export.tensors import (
@@ -80,6 +80,8 @@ class Session:
         bundle: str | Path | Bundle,
         *,
         decoder: str | Decoder = "genai",
+        engine: str = "ort",
+        target: str | None = None,
         provider: str = "auto",
         threads: int | None = None,
         verify: Literal["full", "size"] = "full",
@@ -92,20 +94,29 @@ class Session:
             bundle: its folder, or one that `open_bundle` has opened.
             decoder: "genai" (embedded in the bundle), "hf" (transformers, needs `checkpoint`), "none", or your own.
                 It is loaded when the first answer is asked for.
-            provider: "cpu", "cuda" or "auto".
+            engine: of the vision graph: "ort" (ONNX Runtime) or "tensorrt" (the bundle's compiled engine).
+            target: for "tensorrt": which compiled engine; None for the only one that fits this machine.
+            provider: "cpu", "cuda" or "auto", of the decoder and of "ort"; "tensorrt" for "ort" alone.
             threads: CPU threads within one operator; None for the back ends' choice.
             verify: "full" checks every file's sha256, "size" only sizes.
             checkpoint: directory of the checkpoint, for "hf".
-            runner: of the vision graph; None for ONNX Runtime.
+            runner: of the vision graph, instead of `engine`.
 
         Raises:
             BundleError, IntegrityError: see `open_bundle`.
-            UnknownNameError: no such decoder or provider.
+            UnknownNameError: no such decoder, engine or provider.
+            EngineError: no compiled engine fits this machine.
             EnvironmentFaultError: this machine lacks what was asked for.
         """
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=verify)
-        make_decoder = decoder_maker(decoder, opened, provider, threads, checkpoint)
-        return cls(opened, runner or OrtRunner(opened, provider=provider, threads=threads), make_decoder)
+        # the TensorRT provider is one for the vision graph; decoders have none
+        make_decoder = decoder_maker(
+            decoder, opened, "auto" if provider == "tensorrt" else provider, threads, checkpoint
+        )
+        runner = runner or runner_from_bundle(
+            opened, engine=engine, target=target, provider=provider, threads=threads, verify=verify
+        )
+        return cls(opened, runner, make_decoder)
 
     @property
     def default_budget(self) -> int:

@@ -12,8 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from holov_export.bundle import Bundle
 from holov_export.errors import UsageError
 from holov_export.runtime.preprocess import image_from, pixels_from_images
-from holov_export.runtime.runner import checked_budget
-from holov_export.runtime.runner_ort import OrtRunner
+from holov_export.runtime.runner import Runner, checked_budget
 from holov_export.selection.geometry import crops_of_grid
 from holov_export.selection.reference import positions_of
 from holov_export.spec import CropLayout, FeatureSource, SelectionPolicy, policy_from_settings
@@ -41,7 +40,7 @@ class Panel:
 
 
 def panels_from_bundle(
-    bundle: Bundle, source: str | Path, budget: int, methods: Sequence[str], *, provider: str = "auto"
+    bundle: Bundle, runner: Runner, source: str | Path, budget: int, methods: Sequence[str]
 ) -> tuple[Image.Image, CropBox, list[Panel]]:
     """Run the bundle's graph on a picture; other rules decide from the same saliency.
 
@@ -55,8 +54,7 @@ def panels_from_bundle(
     picture = image_from(source)
     pixels = pixels_from_images([picture], plan.model.image)
     budget = checked_budget(budget, plan.model.vision.tokens)
-    with OrtRunner(bundle, provider=provider) as runner:
-        seen = runner.run(pixels, budget, saliency=True)
+    seen = runner.run(pixels, budget, saliency=True)
     assert seen.saliency is not None
     panels = []
     for method in methods:

@@ -156,7 +156,7 @@ def test_session_is_reused(toy_bundle: Bundle, pixels: PixelBatch, monkeypatch: 
 
 
 def test_unknown_provider(toy_bundle: Bundle) -> None:
-    with pytest.raises(UnknownNameError, match=r"'tpu'.*auto, cpu, cuda"):
+    with pytest.raises(UnknownNameError, match=r"'tpu'.*auto, cpu, cuda, tensorrt"):
         OrtRunner(toy_bundle, provider="tpu")
 
 
@@ -174,7 +174,7 @@ def test_silent_fallback_to_the_cpu_is_an_error(toy_bundle: Bundle, monkeypatch:
         onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
     monkeypatch.setattr(
-        onnxruntime, "InferenceSession", lambda path, options, providers: true(path, options, [providers[-1]])
+        onnxruntime, "InferenceSession", lambda path, options, providers, **_: true(path, options, [providers[-1]])
     )
     with pytest.raises(EnvironmentFaultError, match="fell back to the CPU"):
         OrtRunner(toy_bundle, provider="cuda")

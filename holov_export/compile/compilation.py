@@ -1,0 +1,231 @@
+"""What a compilation will do, resolved before TensorRT is touched: needs neither a GPU nor TensorRT.
+
+    export plan + target + options + a TensorRT version -> CompilePlan
+
+TensorRT 8 gets its precision from builder flags, 10 and 11 from the graph's own types; every feature has a version that
+brought it. Both are said here, once, for the builder and for the trtexec command.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from holov_export.bundle import ENGINES
+from holov_export.compile.lowering import OPSET_OF_TENSORRT_8
+from holov_export.compile.profile import profiles_from_target
+from holov_export.engine import ShapeProfile
+from holov_export.errors import EngineError
+from holov_export.spec import ExportPlan, Frozen, Precision
+from holov_export.targets import BuildFlags, EngineTarget, version_from_text
+
+NetworkKind = Literal["strongly-typed", "fp16-flag", "fp32"]
+HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"]
+
+#: the release that brought a feature.
+#: Source: NvInfer.h and samples/common/sampleOptions.cpp of github.com/NVIDIA/TensorRT at the tags 8.5.2, v8.6.1,
+#: v10.0.1, v10.8.0 and v10.9.0
+FIRST_RELEASE: dict[str, tuple[int, ...]] = {
+    "version compatibility": (8, 6),
+    "hardware compatibility": (8, 6),
+    "optimisation levels": (8, 6),
+    "bfloat16": (10,),
+    "strong typing": (10,),
+    "weight streaming": (10,),
+    "stripped plans": (10,),
+    "compatibility with the same compute capability": (10, 9),
+}
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What a user asks for beyond bundle and target; None leaves it to the target.
+
+    Attributes:
+        batch, budget: "1:4:16", smallest, usual and largest; one profile is built then. Else see `profile`.
+        profiles: "batch=1:1:1,budget=64:64:64" each, instead of the target's.
+        workspace_mb: MiB that the builder may use while it tries kernels.
+        tf32: let float32 products round their factors to 10 bits; whatever decides which tokens stay loses by it.
+        strip_plan: leave the weights out of the engine; it is refitted when it is loaded.
+        timing_cache: a file instead of the one in the user's cache folder.
+        use_timing_cache: read and write the timing cache.
+        layer_report: ask the finished engine for its layers and write layers.json.
+        force: build although the readiness check found errors.
+        output: folder in whose sub-folder <target> the engine goes, instead of the bundle's own `engines`.
+    """
+
+    batch: str | None = None
+    budget: str | None = None
+    profiles: tuple[str, ...] = ()
+    workspace_mb: int | None = None
+    optimization_level: int | None = None
+    tf32: bool = False
+    version_compatible: bool | None = None
+    hardware_compatibility: HardwareCompatibility | None = None
+    weight_streaming: bool | None = None
+    strip_plan: bool | None = None
+    refit: bool | None = None
+    timing_cache: Path | None = None
+    use_timing_cache: bool = True
+    layer_report: bool = True
+    force: bool = False
+    output: Path | None = None
+
+
+class CompilePlan(Frozen):
+    """A resolved compilation. `--dry-run` prints it.
+
+    Attributes:
+        tensorrt: the version that it is for.
+        network: how the builder learns of precisions; "fp16-flag" pins what the graph computes in float32.
+        opset: of the graph as TensorRT gets it. lowered: whether that differs from the bundle's file.
+        image_size: H and W of the pictures. tokens: N.
+        optimization_level: None where TensorRT has no such setting (8.5).
+    """
+
+    target: str
+    tensorrt: str
+    network: NetworkKind
+    precision: Precision
+    opset: int
+    lowered: bool
+    image_size: int
+    tokens: int
+    profiles: tuple[ShapeProfile, ...] = Field(min_length=1)
+    workspace_mb: int
+    optimization_level: int | None
+    tf32: bool
+    flags: BuildFlags
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        return version_from_text(self.tensorrt)
+
+
+def plan_from_target(plan: ExportPlan, target: EngineTarget, options: CompileOptions, tensorrt: str) -> CompilePlan:
+    """Resolve what a build with TensorRT `tensorrt` will do, and refuse what it would refuse.
+
+    Args:
+        plan: of the bundle, exported already or not.
+
+    Raises:
+        EngineError: a TensorRT outside the target's range, a precision or feature that it or the target lacks.
+        BudgetError: a profile that cannot be.
+    """
+    check_tensorrt(target, tensorrt)
+    version = version_from_text(tensorrt)
+    _check_precision(plan.precision, target, tensorrt)
+    flags = _flags(target, options)
+    _check_flags(flags, target, tensorrt)
+    has_levels = version >= FIRST_RELEASE["optimisation levels"]
+    level = target.optimization_level if options.optimization_level is None else options.optimization_level
+    return CompilePlan(
+        target=target.name,
+        tensorrt=tensorrt,
+        network=network_kind(plan.precision, tensorrt),
+        precision=plan.precision,
+        opset=min(plan.opset, OPSET_OF_TENSORRT_8) if version < (9,) else plan.opset,
+        lowered=version < (8, 6) or (version < (9,) and plan.opset > OPSET_OF_TENSORRT_8),
+        image_size=plan.model.vision.image_size,
+        tokens=plan.model.vision.tokens,
+        profiles=profiles_from_target(
+            target,
+            plan.model.vision.tokens,
+            batch=options.batch,
+            budget=options.budget,
+            profiles=options.profiles,
+        ),
+        workspace_mb=options.workspace_mb or target.workspace_mb,
+        optimization_level=level if has_levels else None,
+        tf32=options.tf32,
+        flags=flags,
+    )
+
+
+def network_kind(precision: Precision, tensorrt: str) -> NetworkKind:
+    """How TensorRT `tensorrt` is told the precision of a graph."""
+    if version_from_text(tensorrt) >= (9,):
+        return "strongly-typed"
+    return "fp32" if precision is Precision.FP32 else "fp16-flag"
+
+
+def check_tensorrt(target: EngineTarget, tensorrt: str) -> None:
+    """Refuse a TensorRT that the target does not run.
+
+    Raises:
+        EngineError: it is outside the target's range.
+    """
+    if not target.tensorrt.holds(tensorrt):
+        raise EngineError(
+            f"the target '{target.name}' runs TensorRT {target.tensorrt}, not {tensorrt}.",
+            hint="`holov-export targets` lists targets with their TensorRT; choose another --target.",
+        )
+
+
+def branches_of(target: EngineTarget) -> tuple[str, ...]:
+    """The lowest TensorRT of each kind of network in the target's range: ("8.6", "10.0", "11.0") for 8.6 to 11.4."""
+    low, high = target.tensorrt.lowest, target.tensorrt.highest
+    starts = [target.tensorrt.min]
+    starts += [f"{major}.0" for major in (10, 11) if low < (major,) and (major,) <= high]
+    return tuple(starts)
+
+
+def engine_folder(bundle: Path, target: str, options: CompileOptions) -> Path:
+    """Where the engine of a bundle goes."""
+    return (options.output or bundle / ENGINES) / target
+
+
+def _check_precision(precision: Precision, target: EngineTarget, tensorrt: str) -> None:
+    if not target.supports(precision.value):
+        raise EngineError(
+            f"the target '{target.name}' builds {', '.join(target.precisions)}; the bundle is {precision.value}.",
+            hint=f"Export it again with --{_exportable(target)}.",
+        )
+    if precision is not Precision.BF16:
+        return
+    if version_from_text(tensorrt) < FIRST_RELEASE["bfloat16"]:
+        raise EngineError(
+            f"the bundle is bf16, which TensorRT {tensorrt} cannot build from a graph's types.",
+            hint="Export it again with --fp16, or use TensorRT 10 or newer.",
+        )
+    if target.sm < 80:
+        raise EngineError(f"sm_{target.sm} has no bfloat16.", hint="Export it again with --fp16.")
+
+
+def _exportable(target: EngineTarget) -> str:
+    known = {item.value for item in Precision}
+    return next((name for name in target.precisions if name in known), "fp32")
+
+
+def _flags(target: EngineTarget, options: CompileOptions) -> BuildFlags:
+    """The target's flags with the user's over them."""
+    asked = {name: getattr(options, name) for name in BuildFlags.model_fields if getattr(options, name) is not None}
+    return target.flags.model_copy(update=asked)
+
+
+def _check_flags(flags: BuildFlags, target: EngineTarget, tensorrt: str) -> None:
+    same = flags.hardware_compatibility == "same_compute_capability"
+    wanted = {
+        "version compatibility": flags.version_compatible,
+        "hardware compatibility": flags.hardware_compatibility != "none",
+        "compatibility with the same compute capability": same,
+        "weight streaming": flags.weight_streaming,
+        "stripped plans": flags.strip_plan,
+    }
+    for feature, asked in wanted.items():
+        first = FIRST_RELEASE[feature]
+        if asked and version_from_text(tensorrt) < first:
+            raise EngineError(
+                f"TensorRT {tensorrt} has no {feature}; it came with {'.'.join(map(str, first))}.",
+                hint="Leave the option out, or build with a newer TensorRT.",
+            )
+    # Source: TensorRT developer guide 8.6, "Hardware Compatibility"
+    if flags.hardware_compatibility == "ampere_plus" and target.kind == "jetson":
+        raise EngineError(
+            "TensorRT of JetPack builds no engines for other GPUs.", hint="Compile on each board that will run it."
+        )
+    if flags.hardware_compatibility == "ampere_plus" and target.sm < 80:
+        raise EngineError(f"ampere_plus needs sm_80 or newer, '{target.name}' is sm_{target.sm}.")

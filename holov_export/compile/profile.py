@@ -1,0 +1,127 @@
+"""Optimisation profiles: the batches and token budgets that one engine runs without a rebuild.
+
+`pixel_values` and `quota` have a batch axis, so their shapes are given; `budget` is a shape value, so its values are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from holov_export.engine import ShapeProfile
+from holov_export.errors import BudgetError, EngineError
+from holov_export.signature import BUDGET
+from holov_export.targets import EngineTarget, TargetProfile
+
+_HINT = "Write smallest:usual:largest, for example --batch 1:4:16 --budget 1:64:576"
+
+
+def profiles_from_target(
+    target: EngineTarget,
+    tokens: int,
+    *,
+    batch: str | None = None,
+    budget: str | None = None,
+    profiles: Sequence[str] = (),
+) -> tuple[ShapeProfile, ...]:
+    """The profiles of an engine for a model of N = `tokens`, clamped to 1..N.
+
+    Args:
+        target: gives what the user did not say.
+        batch, budget: "1:4:16" (or "4" for 4:4:4; a budget also "1/9" and "all"): one profile. What is missing comes
+            from the target's profile with the largest batch.
+        profiles: "batch=1:1:1,budget=64:64:64" each.
+
+    Raises:
+        BudgetError: not three numbers in order, or both forms at once.
+    """
+    if profiles and (batch or budget):
+        raise BudgetError("--profile and --batch or --budget exclude each other.", hint="Say everything in --profile.")
+    if profiles:
+        said = tuple(_profile_from_text(text, f"profile-{index}") for index, text in enumerate(profiles))
+    elif batch or budget:
+        said = (_widest_with(target, batch, budget),)
+    else:
+        said = target.profiles
+    made = target.model_copy(update={"profiles": said}).profiles_for(tokens)
+    spans = (ShapeProfile(batch=item.batch, budget=item.budget) for item in made)
+    return tuple(dict.fromkeys(spans))  # clamping can make two alike, and TensorRT would tune both
+
+
+def _widest_with(target: EngineTarget, batch: str | None, budget: str | None) -> TargetProfile:
+    widest = max(target.profiles, key=lambda item: item.batch.max)
+    made = {
+        "name": "asked",
+        "batch": _span_from_text(batch, "batch") if batch else widest.batch.model_dump(),
+        "budget": _span_from_text(budget, "budget") if budget else widest.budget.model_dump(),
+    }
+    return _validated(made, " and ".join(text for text in (batch, budget) if text))
+
+
+def _profile_from_text(text: str, name: str) -> TargetProfile:
+    parts = dict(part.partition("=")[::2] for part in text.split(","))
+    if sorted(parts) != ["batch", "budget"]:
+        raise BudgetError(
+            f"'{text}' is no profile: it has to say batch and budget.",
+            hint="For example: --profile batch=1:1:1,budget=64:64:64",
+        )
+    return _validated({"name": name, **{key: _span_from_text(value, key) for key, value in parts.items()}}, text)
+
+
+def _span_from_text(text: str, what: str) -> dict[str, int | str]:
+    """{"min": 1, "opt": 4, "max": 16} from "1:4:16"; a single number is all three."""
+    parts = [part.strip() for part in text.split(":")]
+    parts = parts * 3 if len(parts) == 1 else parts
+    if len(parts) != 3 or not all(parts):
+        raise BudgetError(f"the {what} '{text}' is not three numbers.", hint=_HINT)
+    values = [int(part) if part.isdecimal() else part for part in parts]
+    return dict(zip(("min", "opt", "max"), values, strict=True))
+
+
+def _validated(values: dict[str, Any], text: str) -> TargetProfile:
+    try:
+        return TargetProfile.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors()
+        )
+        raise BudgetError(f"'{text}' is no profile: {problems}.", hint=_HINT) from error
+
+
+def add_profiles(builder: Any, network: Any, config: Any, profiles: Sequence[ShapeProfile]) -> None:
+    """Give the profiles to a TensorRT builder configuration, in order.
+
+    Raises:
+        EngineError: the network has a dynamic axis or shape value that a profile does not know, or TensorRT refuses.
+    """
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    for number, shape in enumerate(profiles):
+        profile = builder.create_optimization_profile()
+        try:
+            for tensor in inputs:
+                _set_input(profile, tensor, shape)
+            taken = config.add_optimization_profile(profile) >= 0
+        except (RuntimeError, ValueError) as error:
+            raise EngineError(f"TensorRT refuses profile {number} ({words(shape)}): {error}") from error
+        if not taken:
+            raise EngineError(f"TensorRT refuses profile {number} ({words(shape)}).")
+
+
+def _set_input(profile: Any, tensor: Any, shape: ShapeProfile) -> None:
+    if tensor.is_shape_tensor:
+        if tensor.name != BUDGET:
+            raise EngineError(f"the input '{tensor.name}' decides shapes, and only '{BUDGET}' may.")
+        profile.set_shape_input(tensor.name, *([value] for value in shape.budget))
+        return
+    dims = [int(size) for size in tensor.shape]
+    if any(size < 0 for size in dims[1:]):
+        raise EngineError(f"the input '{tensor.name}' has dynamic axes besides the batch: {dims}.")
+    if dims and dims[0] < 0:
+        profile.set_shape(tensor.name, *((size, *dims[1:]) for size in shape.batch))
+
+
+def words(shape: ShapeProfile) -> str:
+    """batch 1:4:16, budget 1:64:576."""
+    return f"batch {':'.join(map(str, shape.batch))}, budget {':'.join(map(str, shape.budget))}"

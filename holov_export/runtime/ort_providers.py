@@ -1,0 +1,159 @@
+"""ONNX Runtime's execution providers for a vision graph, and no silent way back to the CPU.
+
+ONNX Runtime falls back in three places: when a provider's library does not load, when a provider takes only a part of
+the graph, and when a run fails. Each is an error here, unless the provider was left to us ("auto").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from holov_export.bundle import VISION, Bundle
+from holov_export.errors import EnvironmentFaultError, StorageError, UnknownNameError
+from holov_export.extras import require
+from holov_export.signature import BUDGET, PIXEL_VALUES, QUOTA
+
+PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_ERRORS_ONLY = 3
+
+#: smallest, usual and largest batch of the TensorRT provider's profile; a larger batch is run in parts
+TENSORRT_BATCHES = (1, 1, 16)
+#: where the work of the graph is. Shape arithmetic belongs on the CPU: the providers leave it there on purpose
+_HEAVY = frozenset(
+    {"Attention", "Conv", "FusedConv", "FusedMatMul", "Gemm", "LayerNormalization", "MatMul", "MultiHeadAttention"}
+)
+
+
+def session_from_bundle(bundle: Bundle, provider: str, threads: int | None) -> Any:
+    """An InferenceSession over vision.onnx.
+
+    Args:
+        provider: one of `PROVIDERS`.
+        threads: CPU threads within one operator; None for one per core.
+
+    Raises:
+        UnknownNameError: another provider.
+        MissingExtraError: onnxruntime is not installed.
+        EnvironmentFaultError: the provider is not there or fell back to the CPU, or the graph does not load.
+        StorageError: the folder for the TensorRT provider's engines cannot be made.
+    """
+    if provider not in PROVIDERS:
+        raise UnknownNameError(f"unknown provider '{provider}'.", hint=f"Known: {', '.join(PROVIDERS)}.")
+    ort = require("onnxruntime")
+    wanted = {"cuda": CUDA, "tensorrt": TENSORRT}.get(provider)
+    available = ort.get_available_providers()
+    if wanted is not None and wanted not in available:
+        raise EnvironmentFaultError(
+            f"this ONNX Runtime ({ort.__version__}) has no {_NAMES[wanted]}; it has {', '.join(available)}.",
+            hint='Run: pip install "holov-export[gpu]", or choose --provider cpu.',
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if wanted is None:
+        first = CUDA if provider == "auto" and CUDA in available else CPU
+        return _loaded(ort, bundle, options, [first, CPU] if first == CUDA else [CPU], forgiving=first == CUDA)
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    chosen: list[Any] = [CUDA, CPU]
+    if wanted == TENSORRT:
+        chosen = [(TENSORRT, tensorrt_options(bundle, _cache_folder(bundle))), CUDA, CPU]
+    session = _loaded(ort, bundle, options, chosen, forgiving=False)
+    _refuse_fallback(session, wanted)
+    return session
+
+
+_NAMES = {CUDA: "CUDA", TENSORRT: "TensorRT"}
+
+
+def _loaded(ort: Any, bundle: Bundle, options: Any, providers: list[Any], *, forgiving: bool) -> Any:
+    """A session that does not change its provider later. With `forgiving` the CPU takes over if the first fails now.
+
+    ONNX Runtime's own fallback prints to stdout, so it is off, and done here.
+    """
+    try:
+        session = ort.InferenceSession(str(bundle.vision), options, providers=providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        if forgiving:
+            return _loaded(ort, bundle, options, [CPU], forgiving=False)
+        raise EnvironmentFaultError(f"ONNX Runtime {ort.__version__} cannot load vision.onnx: {error}") from error
+    session.disable_fallback()  # a run that fails would else be done again on the CPU, and all later ones
+    return session
+
+
+def _refuse_fallback(session: Any, wanted: str) -> None:
+    """Refuse a session that does not use the provider that was asked for, or leaves heavy work to the CPU.
+
+    Raises:
+        EnvironmentFaultError: names what runs on the CPU.
+    """
+    name = _NAMES[wanted]
+    if session.get_providers()[0] != wanted:
+        # it warns and goes on with the CPU when a CUDA or cuDNN library cannot be loaded
+        raise EnvironmentFaultError(
+            f"ONNX Runtime fell back to the CPU: it could not load its {name} libraries."
+            if session.get_providers()[0] == CPU
+            else f"ONNX Runtime fell back to CUDA: it could not load its {name} libraries.",
+            hint=f"Compare the {name}, CUDA and cuDNN versions with onnxruntime-gpu's, or choose --provider cpu.",
+        )
+    assignment = getattr(session, "get_provider_graph_assignment_info", None)  # from ONNX Runtime 1.24 on
+    if assignment is None:
+        return
+    groups = [(group.ep_name, [node.op_type for node in group.get_nodes()]) for group in assignment()]
+    heavy = sorted({op for provider, ops in groups if provider == CPU for op in ops if op in _HEAVY})
+    if heavy:
+        raise EnvironmentFaultError(
+            f"ONNX Runtime leaves {', '.join(heavy)} to the CPU: its {name} provider does not take them.",
+            hint="Choose --provider cpu, or compile the bundle for TensorRT and ask with --engine tensorrt.",
+        )
+    if groups and all(provider != wanted for provider, _ in groups):
+        raise EnvironmentFaultError(
+            f"ONNX Runtime gives no part of the graph to its {name} provider.", hint="Choose --provider cuda."
+        )
+
+
+def tensorrt_options(bundle: Bundle, cache: Path) -> dict[str, str]:
+    """Options of the TensorRT provider: one profile for all budgets, engines and timings kept in `cache`.
+
+    The provider's own FP16 switch stays off: from TensorRT 10 on the network is then typed as the graph is, which keeps
+    in float32 what the graph computes in float32. With TensorRT 8 an fp16 graph runs in float32 that way.
+
+    Source: onnxruntime.ai, "TensorRT Execution Provider", explicit shape range; for the shape input `budget` the three
+    values are those of the input itself (tensorrt_execution_provider.cc, ApplyProfileShapesFromProviderOptions).
+    """
+    vision = bundle.manifest.plan.model.vision
+    budgets = (1, max(1, round(vision.tokens / 9)), vision.tokens)
+
+    def shapes(at: int) -> str:
+        batch, side = TENSORRT_BATCHES[at], vision.image_size
+        return f"{PIXEL_VALUES}:{batch}x3x{side}x{side},{BUDGET}:{budgets[at]},{QUOTA}:{batch}"
+
+    return {
+        "trt_profile_min_shapes": shapes(0),
+        "trt_profile_opt_shapes": shapes(1),
+        "trt_profile_max_shapes": shapes(2),
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": str(cache),
+        "trt_timing_cache_enable": "True",
+        "trt_timing_cache_path": str(cache),
+    }
+
+
+def _cache_folder(bundle: Bundle) -> Path:
+    """$XDG_CACHE_HOME/holov-export/onnxruntime/<hash of the graph>: an engine must not outlive its graph."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    hashes = {item.path: item.sha256 for item in bundle.manifest.artifacts}
+    key = hashlib.sha256("".join(hashes.get(name, "") for name in (VISION, f"{VISION}.data")).encode()).hexdigest()[:16]
+    folder = base / "holov-export" / "onnxruntime" / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot make '{folder}' for the TensorRT provider's engines: {error.strerror}.",
+            hint="Set XDG_CACHE_HOME to a folder that can be written.",
+        ) from error
+    return folder
