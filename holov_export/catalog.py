@@ -100,10 +100,10 @@ def reference_from_name(model: str) -> ModelReference:
             return ModelReference(entry.name, "bundled", folder=data_folder("demo-model"))
         return ModelReference(entry.name, "hub", entry.repository, entry.revision)
     path = Path(model).expanduser()
-    if model and path.is_dir():  # Path("") is the working directory
+    if model and os.path.isdir(path):  # Path("") is the working directory; its own raises for a name that is too long
         return ModelReference(path.resolve().name, "local", folder=path.resolve())
     looks_like_path = (
-        path.is_absolute() or model.startswith((".", "~")) or model.endswith("/") or (model and path.exists())
+        path.is_absolute() or model.startswith((".", "~")) or model.endswith("/") or (model and os.path.exists(path))
     )
     if model.count("/") == 1 and not looks_like_path:
         repository, _, revision = model.partition("@")

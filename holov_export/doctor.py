@@ -23,11 +23,14 @@ _DISTRIBUTIONS = {
 }
 
 
+State = Literal["ok", "missing", "fault"]
+
+
 class Finding(Frozen):
     """One thing that was looked at: `state` is ok, missing (optional) or fault (there but not usable)."""
 
     subject: str
-    state: Literal["ok", "missing", "fault"]
+    state: State
     found: str
     advice: str = ""
 
@@ -70,6 +73,7 @@ def _cuda() -> Finding:
     """Ask the driver itself: TensorRT kills the process when there is none."""
     found = probe()
     if isinstance(found, NoGpu):
-        return Finding(subject="GPU", state="missing", found=found.reason, advice="needed for GPU engines only")
+        state: State = "fault" if found.broken else "missing"
+        return Finding(subject="GPU", state=state, found=found.reason, advice="needed for GPU engines only")
     memory = f"{found.memory_bytes / 2**30:.0f} GiB{' shared' if found.integrated else ''}"
     return Finding(subject="GPU", state="ok", found=f"{found.name}, sm_{found.sm}, {memory}, CUDA {found.cuda}")

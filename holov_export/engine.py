@@ -8,6 +8,7 @@ The bundle's own manifest does not name engines: a bundle stays what was exporte
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from holov_export.errors import BundleError, EngineError, IntegrityError
 from holov_export.gpu import Gpu
 from holov_export.spec import Frozen, Precision
 from holov_export.storage import FolderKind, sha256_of
+from holov_export.versions import version_from_text
 
 SCHEMA = 1
 RECORD = "engine.json"
@@ -47,12 +49,14 @@ class BuiltWith(Frozen):
     Attributes:
         tensorrt: full version. cuda: the driver's. gpu: the driver's name of it. sm: compute capability.
         network: how precision was given: by the graph's types or by the builder's FP16 flag (TensorRT 8).
+        system: operating system and processor, "Linux aarch64": a plan belongs to its platform.
     """
 
     tensorrt: str
     cuda: str
     gpu: str
     sm: int
+    system: str
     network: Literal["strongly-typed", "fp16-flag", "fp32"]
     version_compatible: bool = False
     hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
@@ -165,7 +169,11 @@ def check_machine(record: EngineRecord, gpu: Gpu, tensorrt: str) -> None:
     """
     built = record.built_with
     again = f"Compile it here: holov-export compile BUNDLE --target {record.target}"
-    if not _same_architecture(built, gpu.sm):
+    if built.system != system_name():
+        raise EngineError(
+            f"the engine '{record.target}' was built on {built.system}, this is {system_name()}.", hint=again
+        )
+    if not _same_architecture(built, gpu):
         raise EngineError(
             f"the engine '{record.target}' was built on {built.gpu} (sm_{built.sm}), this GPU is {gpu.name} "
             f"(sm_{gpu.sm}).",
@@ -178,21 +186,27 @@ def check_machine(record: EngineRecord, gpu: Gpu, tensorrt: str) -> None:
         )
 
 
-def _same_architecture(built: BuiltWith, sm: int) -> bool:
-    if built.hardware_compatibility == "ampere_plus":
-        return sm >= 80
-    return built.sm == sm
+def system_name() -> str:
+    """This operating system and processor, "Linux x86_64"."""
+    return f"{platform.system()} {platform.machine()}"
+
+
+def _same_architecture(built: BuiltWith, gpu: Gpu) -> bool:
+    """Source: TensorRT developer guide, "Hardware Compatibility": not for integrated GPUs (JetPack)."""
+    if built.hardware_compatibility == "ampere_plus" and not gpu.integrated:
+        return gpu.sm >= 80
+    return built.sm == gpu.sm
 
 
 def _same_tensorrt(built: BuiltWith, tensorrt: str) -> bool:
-    """Plans need the version that built them; version-compatible ones the same major or the next.
+    """Plans need the version that built them; version-compatible ones that or a newer one, up to the next major.
 
     Source: TensorRT developer guide, "Version Compatibility": supported pairs are 8 -> 10 and 10 -> 11.
     """
     if not built.version_compatible:
-        return built.tensorrt.split(".")[:3] == tensorrt.split(".")[:3]
-    ours, theirs = int(tensorrt.split(".")[0]), int(built.tensorrt.split(".")[0])
-    return ours == theirs or (theirs, ours) in {(8, 9), (8, 10), (9, 10), (10, 11)}
+        return built.tensorrt == tensorrt
+    ours, theirs = version_from_text(tensorrt), version_from_text(built.tensorrt)
+    return ours >= theirs and (ours[0] == theirs[0] or (theirs[0], ours[0]) in {(8, 9), (8, 10), (9, 10), (10, 11)})
 
 
 def check_plan(engine: Engine, *, full: bool = True) -> None:

@@ -14,6 +14,8 @@ from holov_export.errors import HardwareError
 
 #: CUdevice_attribute numbers. Source: cuda.h of the CUDA toolkit
 _MAJOR, _MINOR, _INTEGRATED = 75, 76, 18
+#: CUDA_ERROR_NO_DEVICE. Source: cuda.h
+_NO_DEVICE = 100
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class NoGpu:
-    """Why there is none: no driver library, or what cuInit returned."""
+    """Why there is none: no driver library, or what cuInit returned. `broken`: a driver is there and refuses."""
 
     reason: str
+    broken: bool = False
 
 
 def probe() -> Gpu | NoGpu:
@@ -50,8 +53,10 @@ def probe() -> Gpu | NoGpu:
     except OSError:
         return NoGpu("there is no CUDA driver (libcuda)")
     code = int(driver.cuInit(0))
+    if code == _NO_DEVICE:
+        return NoGpu("the CUDA driver sees no device")
     if code != 0:
-        return NoGpu(f"the CUDA driver refuses (cuInit returned {code}); nvidia-smi may say why")
+        return NoGpu(f"the CUDA driver refuses (cuInit returned {code}); nvidia-smi may say why", broken=True)
     return _first_device(driver)
 
 
@@ -59,17 +64,20 @@ def _first_device(driver: ctypes.CDLL) -> Gpu | NoGpu:
     count, device, version = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     if driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
         return NoGpu("the CUDA driver sees no device")
-    if driver.cuDeviceGet(ctypes.byref(device), 0):
-        return NoGpu("the CUDA driver does not give its first device")
     name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
-    driver.cuDeviceGetName(name, len(name), device)
-    driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-    driver.cuDriverGetVersion(ctypes.byref(version))
+    codes = [
+        driver.cuDeviceGet(ctypes.byref(device), 0),
+        driver.cuDeviceGetName(name, len(name), device),
+        driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device),
+        driver.cuDriverGetVersion(ctypes.byref(version)),
+    ]
     values = {}
     for attribute in (_MAJOR, _MINOR, _INTEGRATED):
         value = ctypes.c_int()
-        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        codes.append(driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device))
         values[attribute] = value.value
+    if any(codes):
+        return NoGpu("the CUDA driver does not describe its first device; nvidia-smi may say why", broken=True)
     return Gpu(
         name=name.value.decode(errors="replace"),
         sm=values[_MAJOR] * 10 + values[_MINOR],

@@ -20,6 +20,7 @@ from pydantic import Field, PlainValidator, ValidationError, WithJsonSchema, mod
 from holov_export.assets import data_folder
 from holov_export.errors import StorageError, UnknownNameError, UsageError
 from holov_export.spec import Frozen
+from holov_export.versions import version_from_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,6 +30,8 @@ else:
 TargetPrecision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 TargetKind = Literal["jetson", "datacenter", "workstation"]
 
+#: upper ends that no board comes near: they catch a wrong unit and infinity
+_RATE, _SIZE = 100_000, 2**31 - 1
 _VERSION = r"^\d+(\.\d+){0,3}$"
 
 
@@ -48,18 +51,6 @@ Budget = Annotated[
         {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^(all|1/[1-9]\d*)$"}]}
     ),
 ]
-
-
-def version_from_text(text: str) -> tuple[int, ...]:
-    """(10, 3, 0, 30) from "10.3.0.30" or "10.3.0.post12"; what follows the leading numbers is ignored.
-
-    Raises:
-        UsageError: no number at the start.
-    """
-    found = re.match(r"\d+(\.\d+)*", text)
-    if found is None:
-        raise UsageError(f"'{text}' is no version number.", hint="It looks like 10.3 or 8.6.2.")
-    return tuple(int(part) for part in found[0].split("."))
 
 
 class VersionRange(Frozen):
@@ -100,13 +91,13 @@ class VersionRange(Frozen):
 class Rates(Frozen):
     """Peak dense rates of the GPU alone, TFLOP/s (TOPS for integers): no sparsity, no DLA."""
 
-    fp32: float = Field(gt=0, description="outside the tensor cores")
-    tf32: float | None = Field(default=None, gt=0)
-    fp16: float = Field(gt=0, description="tensor cores, accumulating in float32 where the two rates differ")
-    bf16: float | None = Field(default=None, gt=0)
-    int8: float | None = Field(default=None, gt=0)
-    fp8: float | None = Field(default=None, gt=0)
-    fp4: float | None = Field(default=None, gt=0)
+    fp32: float = Field(gt=0, le=_RATE, description="outside the tensor cores")
+    tf32: float | None = Field(default=None, gt=0, le=_RATE)
+    fp16: float = Field(gt=0, le=_RATE, description="tensor cores, accumulating in float32 where the two rates differ")
+    bf16: float | None = Field(default=None, gt=0, le=_RATE)
+    int8: float | None = Field(default=None, gt=0, le=_RATE)
+    fp8: float | None = Field(default=None, gt=0, le=_RATE)
+    fp4: float | None = Field(default=None, gt=0, le=_RATE)
 
 
 class PowerMode(Frozen):
@@ -119,9 +110,9 @@ class PowerMode(Frozen):
 class CountRange(Frozen):
     """Smallest, usual and largest batch."""
 
-    min: int = Field(ge=1)
-    opt: int = Field(ge=1)
-    max: int = Field(ge=1)
+    min: int = Field(ge=1, le=_SIZE)
+    opt: int = Field(ge=1, le=_SIZE)
+    max: int = Field(ge=1, le=_SIZE)
 
     @model_validator(mode="after")
     def _ordered(self) -> CountRange:
@@ -210,13 +201,13 @@ class EngineTarget(Frozen):
     title: str = Field(min_length=1, description="the vendor's name")
     kind: TargetKind
     sm: int = Field(ge=50, le=200, description="compute capability without the dot: 87 is 8.7")
-    multiprocessors: int = Field(ge=1, description="streaming multiprocessors (SMs) of the GPU")
-    memory_gb: float = Field(gt=0, description="GiB, as labelled; shared with the CPU where unified_memory")
+    multiprocessors: int = Field(ge=1, le=10_000, description="streaming multiprocessors (SMs) of the GPU")
+    memory_gb: float = Field(gt=0, le=10_000, description="GiB, as labelled; shared with the CPU where unified_memory")
     reserved_gb: float = Field(
         ge=0, description="GiB that a model cannot have: firmware, operating system, desktop; an assumption"
     )
     unified_memory: bool = Field(description="CPU and GPU share one memory")
-    bandwidth_gbs: float = Field(gt=0, description="peak memory bandwidth, 1e9 bytes a second")
+    bandwidth_gbs: float = Field(ge=1, le=100_000, description="peak memory bandwidth, 1e9 bytes a second")
     rates: Rates
     power_modes: tuple[PowerMode, ...] = ()
     tensorrt: VersionRange
@@ -226,7 +217,7 @@ class EngineTarget(Frozen):
     precisions: tuple[TargetPrecision, ...] = Field(
         min_length=1, description="what engines can be built in (int4: weights only), the recommended one first"
     )
-    workspace_mb: int = Field(ge=16, description="MiB that the builder may use while it tries kernels")
+    workspace_mb: int = Field(ge=16, le=1_000_000, description="MiB that the builder may use while it tries kernels")
     optimization_level: int = Field(default=3, ge=0, le=5, description="TensorRT's builder_optimization_level")
     profiles: tuple[TargetProfile, ...] = Field(min_length=1)
     flags: BuildFlags = BuildFlags()
@@ -244,6 +235,9 @@ class EngineTarget(Frozen):
             raise ValueError(f"reserved_gb {self.reserved_gb} leaves nothing of memory_gb {self.memory_gb}")
         if (self.jetpack is not None) != (self.kind == "jetson"):
             raise ValueError("jetpack belongs to targets of the kind jetson, and to all of them")
+        # Source: TensorRT developer guide, "Hardware Compatibility": neither DRIVE OS nor JetPack has it
+        if self.kind == "jetson" and self.flags.hardware_compatibility == "ampere_plus":
+            raise ValueError("hardware_compatibility ampere_plus does not exist on a Jetson")
         names = [profile.name for profile in self.profiles]
         if len(set(names)) < len(names):
             raise ValueError("two profiles have the same name")
@@ -345,7 +339,7 @@ def target_from_file(path: Path) -> EngineTarget:
         StorageError: it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
     except (FileNotFoundError, NotADirectoryError):
         raise UnknownNameError(
             f"there is no target file '{path}'.", hint="`holov-export targets` lists the targets known by name."
@@ -358,7 +352,7 @@ def target_from_file(path: Path) -> EngineTarget:
         raise StorageError(f"cannot read '{path}': {error.strerror}.") from error
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"'{path}' is not TOML: {error}.", hint="engines/README.md shows a target file.") from error
     try:
         return EngineTarget.model_validate(raw)

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,139 +49,34 @@ import numpy as np  # noqa: E402
 import onnx_ir as ir  # noqa: E402
 import onnxruntime as ort  # noqa: E402
 import torch  # noqa: E402
+from encoder_models import WeightsInMemory, spec_of_size, transformers_models  # noqa: E402
 from machine import one_line, write_result  # noqa: E402
 from official_way import official_tokens  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig  # noqa: E402
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector  # noqa: E402
 
 from holov_export.export.onnx_from_graph import onnx_from_graph, save_vision  # noqa: E402
 from holov_export.export.passes import clean  # noqa: E402
 from holov_export.export.translations import translation_table  # noqa: E402
 from holov_export.spec import (  # noqa: E402
     CheckpointSource,
-    DecoderSpec,
     ExportPlan,
     HolovOfficialPolicy,
     HolovPolicy,
-    ImageSpec,
     ModelSpec,
+    NoSelection,
     Precision,
-    PromptSpec,
     SelectionPolicy,
-    VisionSpec,
 )
+from holov_export.verify.operations import encoder_operations, operations_of  # noqa: E402
 from holov_export.vision.clip import LlavaVision, vision_from_checkpoint  # noqa: E402
+from holov_export.vision.plain import PlainVision  # noqa: E402
 
 OPSET = 18
-WIDTH = 4096
-#: random weights attend evenly to everything; a trained CLS token does not, and quotas should differ between crops
-PEAKINESS = 10.0
 OFFICIAL, PLAIN_TORCH, PLAIN_ORT = "official", "plain torch", "plain ORT"
 OURS_TORCH, OURS_ORT = "ours torch", "ours ORT"
 WAYS = (OFFICIAL, PLAIN_TORCH, OURS_TORCH, OURS_ORT, PLAIN_ORT)
-
-
-def spec_of_size(layers: int) -> ModelSpec:
-    """LLaVA-1.5-7B's vision side; `layers` of 24 for quick runs (the feature layer stays the last but one)."""
-    vision = VisionSpec(
-        image_size=336,
-        patch_size=14,
-        width=1024,
-        layers=layers,
-        heads=16,
-        mlp_width=4096,
-        activation="quick_gelu",
-        layer_norm_eps=1e-5,
-        feature_layer=layers - 2,
-        projector_activation="gelu",
-        projector_bias=True,
-    )
-    decoder = DecoderSpec(
-        architecture="llama",
-        width=WIDTH,
-        layers=32,
-        heads=32,
-        kv_heads=32,
-        head_width=128,
-        mlp_width=11008,
-        vocab_size=32064,
-        context=4096,
-        image_token_id=32000,
-        bos_token_id=1,
-        eos_token_ids=(2,),
-        pad_token_id=32001,
-    )
-    image = ImageSpec(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    prompt = PromptSpec(chat_template="")
-    return ModelSpec(family="llava", name="random", image=image, vision=vision, decoder=decoder, prompt=prompt)
-
-
-def transformers_models(spec: ModelSpec) -> tuple[Any, Any, Any]:
-    """(eager tower, SDPA tower over the same weights, projector), random but seeded.
-
-    Each tower has its own configuration: transformers reads the kind of attention from it at run time.
-    """
-    vision = spec.vision
-    sizes: dict[str, Any] = {
-        "hidden_size": vision.width,
-        "intermediate_size": vision.mlp_width,
-        "num_hidden_layers": vision.layers,
-        "num_attention_heads": vision.heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "projection_dim": 768,
-    }
-    tower: Any = CLIPVisionModel  # typed loosely in transformers
-    config: Any = CLIPVisionConfig
-    torch.manual_seed(0)
-    eager = tower(config(**sizes, attn_implementation="eager")).eval().requires_grad_(False)
-    for name, parameter in eager.named_parameters():
-        if "q_proj.weight" in name or "k_proj.weight" in name:
-            parameter.mul_(PEAKINESS)
-    with torch.device("meta"):
-        sdpa = tower(config(**sizes, attn_implementation="sdpa")).eval()
-    sdpa.load_state_dict(eager.state_dict(), assign=True)
-    for name, buffer in eager.named_buffers():  # position_ids is not among the saved tensors
-        module, _, leaf = name.rpartition(".")
-        sdpa.get_submodule(module).register_buffer(leaf, buffer, persistent=False)
-    text = {"model_type": "llama", "hidden_size": WIDTH}
-    full = LlavaConfig(vision_config=config(**sizes), text_config=text)
-    projector = LlavaMultiModalProjector(full).eval().requires_grad_(False)
-    used = [module.config._attn_implementation for module in (eager, sdpa)]
-    assert used == ["eager", "sdpa"], used
-    return eager, sdpa.requires_grad_(False), projector
-
-
-@dataclass
-class WeightsInMemory:
-    """Stands in for a SafetensorsReader: hands out transformers' own parameters, shared and not copied."""
-
-    tensors: dict[str, Tensor]
-
-    @classmethod
-    def from_models(cls, tower: Any, projector: Any) -> WeightsInMemory:
-        tensors = {f"vision_tower.{name}": value for name, value in tower.state_dict().items()}
-        tensors.update({f"multi_modal_projector.{name}": value for name, value in projector.state_dict().items()})
-        return cls(tensors)
-
-    def read(self, names: Iterable[str]) -> Tensor:
-        return next(self.tensors[name] for name in names if name in self.tensors)
-
-
-class PlainVision(nn.Module):
-    """Our own classes without any selection: all N tokens through the feature layer and the projector."""
-
-    def __init__(self, vision: LlavaVision) -> None:
-        super().__init__()
-        self.vision_tower, self.multi_modal_projector = vision.vision_tower, vision.multi_modal_projector
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        hidden = self.vision_tower.feature_layer(self.vision_tower.before_feature_layer(pixel_values))
-        tokens: Tensor = self.multi_modal_projector(hidden[:, 1:])
-        return tokens
 
 
 class RuleOnly(nn.Module):
@@ -248,19 +143,21 @@ class Contestants:
         reader: Any = WeightsInMemory.from_models(self.eager, self.projector)
         self.ours = vision_from_checkpoint(self.spec, HolovPolicy(), reader, Precision.FP32)
         self.official_rule = vision_from_checkpoint(self.spec, HolovOfficialPolicy(), reader, Precision.FP32)
-        (self.work / "ours").mkdir()
-        model = onnx_from_graph(self.ours, plan_of(self.spec, HolovPolicy()))
-        save_vision(model, self.work / "ours")
-        del model
-        gc.collect()
-        pixels = torch.zeros(2, 3, self.spec.vision.image_size, self.spec.vision.image_size)
+        for name, module, policy in (
+            ("ours", self.ours, HolovPolicy()),
+            ("plain", PlainVision(self.ours), NoSelection()),
+        ):
+            (self.work / name).mkdir()
+            model = onnx_from_graph(module, plan_of(self.spec, policy))
+            save_vision(model, self.work / name)
+            del model
+            gc.collect()
         batch = torch.export.Dim.DYNAMIC
-        exported(PlainVision(self.ours), (pixels,), ({0: batch},), self.work / "plain")
         rule = (torch.zeros(2, self.spec.vision.tokens), torch.tensor([2]), torch.tensor([2, 1]))
         exported(RuleOnly(self.ours), rule, ({0: batch}, None, {0: batch}), self.work / "rule")
         self.sessions = {
             OURS_ORT: session(self.work / "ours" / "vision.onnx"),
-            PLAIN_ORT: session(self.work / "plain" / "model.onnx"),
+            PLAIN_ORT: session(self.work / "plain" / "vision.onnx"),
             "rule": session(self.work / "rule" / "model.onnx"),
         }
         gc.collect()
@@ -274,7 +171,7 @@ class Contestants:
         if name == OURS_TORCH:
             return self.ours(pixels, torch.tensor([budget]), torch.full((len(pixels),), budget))
         if name == PLAIN_ORT:
-            return self.sessions[PLAIN_ORT].run(None, {"pixel_values": pixels.numpy()})
+            return self.sessions[PLAIN_ORT].run(["visual_tokens"], vision_feed(pixels, self.spec.vision.tokens))
         return self.sessions[OURS_ORT].run(None, vision_feed(pixels, budget))
 
     def rule(self, name: str, saliency: Tensor, budget: int) -> Any:
@@ -382,33 +279,15 @@ def ratios_of(rows: dict[str, dict[str, Any]], budgets: list[int], tokens: int) 
     return {name: round(cpu[a] / cpu[b], 5) for name, (a, b) in wanted.items() if a in cpu and b in cpu}
 
 
-def operations_of(spec: ModelSpec, rows: int, *, pruned: bool, layers: int) -> float:
-    """Multiplications of one picture's matrix products, in 10^9.
-
-    Args:
-        spec: sizes. rows: K, or N for a plain encoder.
-        pruned: the last of the `layers` computes keys and values for all tokens and the rest for `rows` only.
-        layers: how many layers run.
-    """
-    vision, width = spec.vision, spec.vision.width
-    length = vision.tokens + 1
-    linear, mlp = width * width, 2 * width * vision.mlp_width
-    whole = length * (4 * linear + mlp) + 2 * length * length * width
-    part = length * 2 * linear + rows * (2 * linear + mlp) + 2 * rows * length * width
-    patches = vision.tokens * vision.channels * vision.patch_size**2 * width
-    projector = rows * (width * spec.decoder.width + spec.decoder.width**2)
-    encoder = (layers - 1) * whole + part if pruned else layers * whole
-    return (encoder + patches + projector) / 1e9
-
-
 def counted(spec: ModelSpec, budgets: list[int]) -> dict[str, float]:
     """Ratios that counting operations gives, to compare the measured ones with."""
-    kept, tokens = spec.vision.feature_layer + 1, spec.vision.tokens
-    plain = operations_of(spec, tokens, pruned=False, layers=kept)
-    all_layers = operations_of(spec, tokens, pruned=False, layers=spec.vision.layers)
+    tokens = spec.vision.tokens
+    plain = operations_of(plan_of(spec, NoSelection()), tokens)
+    later = spec.model_copy(update={"vision": spec.vision.model_copy(update={"feature_layer": spec.vision.layers - 1})})
+    all_layers = encoder_operations(later, last_rows=tokens + 1, projected=tokens, cls_row=False)
     found = {}
     for k in budgets:
-        ours = operations_of(spec, k, pruned=True, layers=kept)
+        ours = operations_of(plan_of(spec, HolovPolicy()), k)
         found[f"ours / plain, K={k}"] = round(ours / plain, 4)
         found[f"ours / plain with the layer that nobody reads, K={k}"] = round(ours / all_layers, 4)
     return found

@@ -192,7 +192,8 @@ TAIL = """## What an estimate does not know
 - what else the machine does: preprocessing, the host between kernels, another process;
 - GPUs with fast memory: no figure above is of one. There the cost of a kernel weighs more, and decoding at batch 1 is
   likely slower than the estimate;
-- selection is counted as some small kernels; its true share has to be measured in an engine;
+- selection is counted as some small kernels, `scope` as a round of them for each token of the budget; its true share
+  has to be measured in an engine;
 - memory is weights, activations, the KV cache (for 4096 tokens in the first two tables, whose sources do not say) and a
   fixed sum for the runtime; a builder needs more while it works, and so does an engine with several profiles.
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Write what documentation takes from code and from benchmark results.
 
-    python scripts/update_docs.py           rewrite docs/cli.md and the marked blocks of README.md
+    python scripts/update_docs.py           rewrite docs/cli.md, docs/estimates.md, the schema of engine targets and
+                                            the marked blocks of README.md and docs/benchmarks.md
     python scripts/update_docs.py --check   exit code 1 if any of them is out of date
 
-A block of README.md lies between `<!-- NAME:start -->` and `<!-- NAME:end -->`. Numbers come from benchmarks/results
+A block lies between `<!-- NAME:start -->` and `<!-- NAME:end -->`. Numbers come from benchmarks/results
 only, so a figure that was not measured cannot be written.
 """
 
@@ -20,6 +21,13 @@ import click
 
 from holov_export.cli import cli
 from holov_export.spec import POLICIES, FeatureSource
+from holov_export.targets import target_schema_text
+from holov_export.verify.bench_report import markdown_table, remarks_of, report_from_file, tables_of
+
+sys.path.append(str(Path(__file__).parent / "gpu"))
+sys.path.append(str(Path(__file__).parent))
+from check_estimates import document as estimates_document
+from gpu_report import gpu_block
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,7 +53,14 @@ def documents() -> dict[Path, str]:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, block in blocks().items():
         readme = replaced(readme, name, block)
-    return {ROOT / "docs" / "cli.md": cli_reference(), ROOT / "README.md": readme}
+    benchmarks = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    return {
+        ROOT / "docs" / "cli.md": cli_reference(),
+        ROOT / "docs" / "estimates.md": estimates_document(),
+        ROOT / "engines" / "target.schema.json": target_schema_text(),
+        ROOT / "README.md": readme,
+        ROOT / "docs" / "benchmarks.md": replaced(benchmarks, "bench-demo", bench_tables("bench-demo-cpu.json")),
+    }
 
 
 def blocks() -> dict[str, str]:
@@ -57,6 +72,7 @@ def blocks() -> dict[str, str]:
         "encoder": encoder_table(),
         "prefill": prefill_table(),
         "true-size": true_size_table(),
+        "gpu": gpu_block(RESULTS),
     }
 
 
@@ -195,6 +211,18 @@ def true_size_table() -> str:
         f"{result['machine']['cpu']}, {result['date'][:10]} (`scripts/check_true_size`)."
     )
     return "\n".join([*lines, "", note])
+
+
+def bench_tables(name: str) -> str:
+    """The tables of a bench.json, or that there is none yet."""
+    path = RESULTS / name
+    if not path.is_file():
+        return "Not measured yet."
+    report = report_from_file(path)
+    lines = [f"{report.machine}, {report.date}:", "", "```", report.command, "```"]
+    for title, columns, rows in tables_of(report):
+        lines += ["", f"**{title.capitalize()}**", "", *markdown_table(columns, rows)]
+    return "\n".join([*lines, "", *(f"- {remark}." for remark in remarks_of(report))])
 
 
 def read(name: str) -> dict[str, Any]:

@@ -101,8 +101,15 @@ class TestEstimate:
         assert "TOO MUCH" not in fitting
 
     def test_what_no_context_would_save(self, said: Any) -> None:
-        text = said(estimate_command, "llava-1.5-7b", "--target", "jetson-orin-nano-8gb")
-        assert "whatever the context; try --decoder-precision int4" in text
+        line = ("llava-1.5-7b", "--target", "jetson-orin-nano-8gb")
+        text = said(estimate_command, *line)
+        assert "whatever the context; try --decoder-precision int4\n" in text
+        assert "whatever the context; try --decoder-precision int4, a smaller --batch" in said(
+            estimate_command, *line, "--batch", "64"
+        )
+        assert "whatever the context; try a smaller --batch" in said(
+            estimate_command, *line, "--batch", "64", "--decoder-precision", "int4"
+        )
 
     def test_batch_and_text_count(self, said: Any) -> None:
         line = ("llava-1.5-7b", "--target", ORIN, "--json")
@@ -141,6 +148,7 @@ class TestEstimate:
             (("llava-1.5-7b", "--target", "h20"), UnknownNameError, "unknown target"),
             (("llava-9", "--target", ORIN), UnknownNameError, "unknown model 'llava-9'"),
             (("", "--target", ORIN), UnknownNameError, "unknown model ''"),
+            (("a" * 5000, "--target", ORIN), UnknownNameError, "unknown model 'aaa"),
             (("llava-1.5-7b", "--target", ORIN, "--precision", "fp8"), UsageError, "cannot be fp8"),
             (("llava-1.5-7b", "--target", ORIN, "--budget", "577"), BudgetError, "outside 1..576"),
             (("llava-1.5-7b", "--target", ORIN, "--context", "100"), UsageError, "exceeds the context"),

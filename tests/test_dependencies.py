@@ -41,6 +41,7 @@ LIGHT_MODULES = (
     "holov_export.storage",
     "holov_export.targets",
     "holov_export.tensors",
+    "holov_export.versions",
 )
 PROBE = """
 import importlib, importlib.abc, json, sys

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
 
 from holov_export.cli import cli
@@ -26,10 +25,10 @@ def commands() -> list[tuple[str, str]]:
     """(document, command line) of every `holov-export ...` line in a shell block."""
     found = []
     for path in DOCUMENTS:
-        for block in re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", path.read_text(encoding="utf-8"), re.S | re.M):
+        for block in re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", path.read_text(encoding="utf-8"), re.S | re.M):
             for line in block.replace("\\\n", " ").splitlines():
-                line = line.removeprefix("$ ").split("  #")[0].split(" > ")[0].strip()
-                if line.startswith("holov-export"):
+                line = line.removeprefix("$ ").split("  ")[0].split(" > ")[0].split(" # ")[0].strip()
+                if line.startswith("holov-export "):
                     found.append((path.relative_to(ROOT).as_posix(), line))
     return found
 
@@ -42,7 +41,4 @@ def test_commands_in_documents_parse(document: str, line: str) -> None:
         rest = [*context._protected_args, *context.args] if hasattr(context, "_protected_args") else context.args
         name, command, rest = cli.resolve_command(context, rest)
         assert command is not None
-        try:
-            command.make_context(name, rest, parent=context)
-        except click.exceptions.Exit as stop:  # --help
-            assert stop.exit_code == 0
+        command.make_context(name, rest, parent=context)

@@ -17,9 +17,17 @@ from holov_export.errors import BudgetError, UnknownNameError, UsageError
 from holov_export.estimate.memory import memory_of
 from holov_export.estimate.report import Estimate, estimate
 from holov_export.estimate.roofline import SHARES, Machine, Shares, format_of
-from holov_export.estimate.shapes import ModelShape, shape_from_name, shape_from_spec, shape_names
-from holov_export.estimate.stages import prefill_seconds, step_seconds, vision_seconds
-from holov_export.spec import DecoderPrecision, HolovPaperPolicy, HolovPolicy, ModelSpec
+from holov_export.estimate.shapes import ModelShape, VisionShape, shape_from_name, shape_from_spec, shape_names
+from holov_export.estimate.stages import STEP_KERNELS, prefill_seconds, step_seconds, vision_seconds
+from holov_export.spec import (
+    DecoderPrecision,
+    HolovPaperPolicy,
+    HolovPolicy,
+    ModelSpec,
+    NoSelection,
+    ScopePolicy,
+    SelectionPolicy,
+)
 from holov_export.targets import EngineTarget, target_from_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +46,15 @@ def with_peaks(target: EngineTarget, *, bandwidth: float | None = None, rate: fl
 def on(target: EngineTarget, **settings: object) -> Estimate:
     """LLaVA-1.5-7B in fp16 with an int4 decoder."""
     return estimate(LLAVA, target, precision="fp16", decoder=DecoderPrecision.INT4, **settings)  # type: ignore[arg-type]
+
+
+def vision_of(spec: ModelSpec, policy: SelectionPolicy) -> VisionShape:
+    return shape_from_spec(spec, policy).vision
+
+
+def late(**changes: bool) -> ModelShape:
+    """LLaVA-1.5-7B with a rule that reads features."""
+    return LLAVA.model_copy(update={"vision": LLAVA.vision.model_copy(update={"selects_early": False, **changes})})
 
 
 class TestShapes:
@@ -59,7 +76,15 @@ class TestShapes:
         assert shape.vision.projector_inner == decoder.width
         assert shape.vision.selects_early
         assert (shape.decoder.kv_heads, shape.decoder.mlp_width) == (decoder.kv_heads, decoder.mlp_width)
-        assert not shape_from_spec(llava_spec, HolovPaperPolicy()).vision.selects_early
+        assert not vision_of(llava_spec, HolovPaperPolicy()).selects_early
+        assert not vision_of(llava_spec, HolovPaperPolicy()).projects_kept
+
+    def test_rules_differ_in_what_runs_for_kept_rows_only(self, llava_spec: ModelSpec) -> None:
+        """As the graphs do: scope reads the feature layer's rows, the plain encoder drops rows before the projector."""
+        scope, plain = vision_of(llava_spec, ScopePolicy()), vision_of(llava_spec, NoSelection())
+        assert (scope.selects_early, scope.projects_kept, scope.greedy) == (False, True, True)
+        assert (plain.selects_early, plain.projects_kept, plain.greedy) == (False, True, False)
+        assert not vision_of(llava_spec, HolovPolicy()).greedy
 
     def test_the_names_that_ship(self) -> None:
         assert shape_names() == ("llava-1.5-7b",)
@@ -97,12 +122,34 @@ class TestRoofline:
         assert (full - few) * 1e12 == pytest.approx(layer - cls + projector, rel=1e-3)
 
     def test_a_rule_that_reads_features_saves_nothing_in_the_tower(self) -> None:
-        late = LLAVA.model_copy(update={"vision": LLAVA.vision.model_copy(update={"selects_early": False})})
         machine, form = Machine(ORIN), format_of(ORIN, "fp16")
-        few = vision_seconds(machine, late, form, budget=64, batch=1)
-        full = vision_seconds(machine, late, form, budget=576, batch=1)
+        few = vision_seconds(machine, late(), form, budget=64, batch=1)
+        full = vision_seconds(machine, late(), form, budget=576, batch=1)
         assert few > full  # the selection itself
         assert vision_seconds(machine, LLAVA, form, budget=64, batch=1) < few
+
+    def test_a_rule_that_reads_the_feature_layer_saves_the_projector(self) -> None:
+        machine = Machine(with_peaks(ORIN, bandwidth=1e9, rate=1.0), IDEAL)
+        form = format_of(machine.target, "fp16")
+        all_rows, kept = (
+            vision_seconds(machine, late(projects_kept=flag), form, budget=64, batch=1) for flag in (False, True)
+        )
+        assert (all_rows - kept) * 1e12 == pytest.approx(2 * 512 * (1024 * 4096 + 4096**2), rel=1e-3)
+
+    def test_a_greedy_rule_costs_a_round_of_kernels_for_each_token(self) -> None:
+        """And each reads the similarities of all pairs of tokens."""
+        launches = Machine(with_peaks(H200, bandwidth=1e9, rate=1e9), Shares())
+        form = format_of(launches.target, "fp16")
+        rule = late(projects_kept=True, greedy=True)
+        few, more = (vision_seconds(launches, rule, form, budget=budget, batch=1) for budget in (64, 192))
+        assert more - few == pytest.approx(128 * STEP_KERNELS * SHARES.kernel_seconds, rel=0.01)
+        moved = Machine(with_peaks(H200, bandwidth=1.0, rate=1e9), IDEAL)
+        with_loop, without = (
+            vision_seconds(moved, late(projects_kept=True, greedy=flag), form, budget=64, batch=2)
+            for flag in (True, False)
+        )
+        written = 2 * 576 * 576 * 4
+        assert (with_loop - without) * 1e9 == pytest.approx(64 * written + written + 2 * 2 * 576 * 1024 * 4, rel=0.3)
 
     def test_prefill_counts_its_operations(self) -> None:
         machine = Machine(with_peaks(ORIN, bandwidth=1e9, rate=1.0), IDEAL)
@@ -216,6 +263,7 @@ class TestReport:
         assert "TF32" not in said
         full = estimate(LLAVA, ORIN, precision="fp32", decoder=DecoderPrecision.FP16)
         assert "TF32" in " ".join(full.assumptions)
+        assert "attention reaches 35% of the fp16 rate, in float32 of the fp32 rate" in " ".join(full.assumptions)
         assert "4-bit" not in " ".join(
             estimate(LLAVA, H200, precision="fp16", decoder=DecoderPrecision.FP16).assumptions
         )
@@ -224,7 +272,7 @@ class TestReport:
         ("target", "precision", "decoder", "said"),
         [
             (ORIN.name, "fp8", "int4", "vision engine cannot be fp8 .* capability 8.7 has no fp8 rate"),
-            (f"{ORIN.name}-jetpack5", "fp16", "bf16", "decoder cannot be bf16 .* capability 8.7 has no bf16 rate"),
+            (f"{ORIN.name}-jetpack5", "bf16", "fp16", "engine cannot be bf16 .* TensorRT 8.5.2 are not built in it"),
             ("jetson-agx-thor", "int8", "fp16", "vision engine cannot be int8"),
         ],
     )
@@ -239,10 +287,19 @@ class TestReport:
         with pytest.raises(UsageError, match=r"engines of TensorRT 10.3 are not built in it there"):
             estimate(LLAVA, board, precision="int8", decoder=DecoderPrecision.FP16)
 
-    def test_int4_weights_need_fp16_only(self) -> None:
+    def test_the_decoder_needs_the_gpu_and_not_tensorrt(self) -> None:
         board = target_from_name(f"{ORIN.name}-jetpack5")
-        assert "int4" not in board.precisions
-        assert on(board).decoder_precision is DecoderPrecision.INT4
+        assert not {"int4", "bf16"} & set(board.precisions)
+        for precision in (DecoderPrecision.INT4, DecoderPrecision.BF16):
+            found = estimate(LLAVA, board, precision="fp16", decoder=precision)
+            assert found.decoder_precision is precision
+        old = board.model_copy(update={"rates": board.rates.model_copy(update={"bf16": None})})
+        with pytest.raises(UsageError, match=r"decoder cannot be bf16 .* has no bf16 rate in its target file"):
+            estimate(LLAVA, old, precision="fp16", decoder=DecoderPrecision.BF16)
+
+    def test_a_greedy_rule_is_named_among_the_assumptions(self) -> None:
+        found = estimate(late(greedy=True), ORIN, precision="fp16", decoder=DecoderPrecision.FP16)
+        assert f"small ones and a loop of {STEP_KERNELS} for each token of the budget" in " ".join(found.assumptions)
 
     @pytest.mark.parametrize("budget", [0, -1, 577])
     def test_a_budget_outside_the_model(self, budget: int) -> None:

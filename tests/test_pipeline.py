@@ -18,7 +18,7 @@ from holov_export.bundle import open_bundle
 from holov_export.catalog import Checkpoint, ModelReference
 from holov_export.errors import BundleError, CheckpointError, ParityError, StorageError, UnsupportedModelError
 from holov_export.pipeline import ExportRequest, export_bundle
-from holov_export.spec import ClsTopkPolicy, HolovPaperPolicy, HolovPolicy, Precision, SelectionPolicy
+from holov_export.spec import ClsTopkPolicy, HolovPaperPolicy, HolovPolicy, Precision, ScopePolicy, SelectionPolicy
 from holov_export.verify.parity import TOLERANCES
 
 HOLOV = HolovPolicy()
@@ -236,8 +236,11 @@ def test_lower_precisions_are_run_and_compared(llava_checkpoint: Path, tmp_path:
     assert left_behind(tmp_path) == [precision.value]
 
 
-def test_a_rule_that_reads_features_is_compared_with_its_reference(llava_checkpoint: Path, tmp_path: Path) -> None:
-    _, report = export_bundle(request(llava_checkpoint, tmp_path / "bundle", HolovPaperPolicy(crops=4)))
+@pytest.mark.parametrize("policy", [HolovPaperPolicy(crops=4), ScopePolicy()], ids=lambda policy: policy.method)
+def test_a_rule_that_reads_features_is_compared_with_its_reference(
+    llava_checkpoint: Path, tmp_path: Path, policy: SelectionPolicy
+) -> None:
+    _, report = export_bundle(request(llava_checkpoint, tmp_path / "bundle", policy))
     assert report is not None
     assert [(item.left, item.right) for item in report.comparisons] == [
         ("onnxruntime", "torch fp32"),

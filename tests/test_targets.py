@@ -24,8 +24,8 @@ from holov_export.targets import (
     target_from_name,
     target_names,
     target_schema_text,
-    version_from_text,
 )
+from holov_export.versions import version_from_text
 
 ENGINES = Path(__file__).resolve().parent.parent / "engines"
 ORIN = "jetson-agx-orin-64gb"
@@ -183,6 +183,7 @@ class TestFacts:
             ({"reserved_gb": 64}, "leaves nothing of memory_gb"),
             ({"jetpack": None}, "jetpack belongs to targets of the kind jetson"),
             ({"kind": "datacenter"}, "jetpack belongs to targets of the kind jetson"),
+            ({"flags": {"hardware_compatibility": "ampere_plus"}}, "ampere_plus does not exist on a Jetson"),
             ({"profiles": [raw()["profiles"][0]] * 2}, "two profiles have the same name"),
             (
                 {"sources": [{"what": "x", "checked": "read", "date": "2026-01-01"}]},
@@ -245,6 +246,16 @@ class TestReading:
         with pytest.raises(UsageError, match="is not UTF-8 text"):
             target_from_name(str(tmp_path / "x.toml"))
 
+    def test_a_byte_order_mark_is_no_text(self, tmp_path: Path) -> None:
+        path = board(tmp_path)
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+        assert target_from_name(str(path)).name == ORIN
+
+    def test_nesting_without_an_end(self, tmp_path: Path) -> None:
+        (tmp_path / "x.toml").write_text(f"x = {'[' * 100_000}", encoding="utf-8")
+        with pytest.raises(UsageError, match=r"x.toml' is not TOML: "):
+            target_from_name(str(tmp_path / "x.toml"))
+
     def test_text_that_is_no_toml_names_its_line(self, tmp_path: Path) -> None:
         (tmp_path / "x.toml").write_text('name = "x"\ntitle = \n', encoding="utf-8")
         with pytest.raises(UsageError, match=r"x.toml' is not TOML: .*line 2"):
@@ -275,6 +286,20 @@ class TestReading:
             ('opt = "1/9"', "opt = 0", "profiles.1.budget.opt", "a positive number of tokens"),
             ('opt = "1/9"', "opt = true", "profiles.1.budget.opt", "a positive number of tokens"),
             ("workspace_mb = 4096\n", "", "workspace_mb", "missing"),
+            ("memory_gb = 64", "memory_gb = inf", "memory_gb", "less than or equal to 10000"),
+            ("memory_gb = 64", "memory_gb = 1e308", "memory_gb", "less than or equal to 10000"),
+            ("reserved_gb = 4", "reserved_gb = nan", "reserved_gb", "greater than or equal to 0"),
+            ("bandwidth_gbs = 204.8", "bandwidth_gbs = inf", "bandwidth_gbs", "less than or equal to 100000"),
+            ("bandwidth_gbs = 204.8", "bandwidth_gbs = 0.2048", "bandwidth_gbs", "greater than or equal to 1"),
+            ("fp16 = 42.6", "fp16 = inf", "rates.fp16", "less than or equal to 100000"),
+            ("multiprocessors = 16", "multiprocessors = 10000000", "multiprocessors", "less than or equal to 10000"),
+            ("workspace_mb = 4096", "workspace_mb = 4_294_967_296", "workspace_mb", "less than or equal to 1000000"),
+            (
+                "batch = { min = 1, opt = 4, max = 8 }",
+                "batch = { min = 1, opt = 4, max = 8_000_000_000 }",
+                "profiles.2.batch.max",
+                "less than or equal to 2147483647",
+            ),
         ],
     )
     def test_a_wrong_value_is_named_with_key_and_line(

@@ -70,6 +70,7 @@ def cli() -> None:
 
 def _register() -> None:
     from holov_export.cli.ask import ask, show
+    from holov_export.cli.bench import bench_command
     from holov_export.cli.check import check, lower
     from holov_export.cli.compile import compile_engine
     from holov_export.cli.export import export
@@ -77,19 +78,10 @@ def _register() -> None:
     from holov_export.cli.targets import estimate_command, targets
 
     for command in (
-        export,
-        ask,
-        show,
-        inspect,
-        verify,
-        check,
-        lower,
-        compile_engine,
-        estimate_command,
-        targets,
-        doctor,
-        models,
-        methods,
+        *(export, ask, show, inspect, verify),
+        *(check, lower, compile_engine, bench_command),
+        *(estimate_command, targets),
+        *(doctor, models, methods),
     ):
         cli.add_command(command)
 
@@ -100,6 +92,9 @@ _register()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs a command and ends the process with its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is only ASCII
     debug = "--debug" in arguments or bool(os.environ.get("HOLOV_EXPORT_DEBUG"))
     code = run([argument for argument in arguments if argument != "--debug"], debug=debug)
     sys.exit(_flushed(code))

@@ -37,7 +37,7 @@ def targets(name: str | None, as_json: bool) -> None:
     if as_json:
         print_json([target.model_dump(mode="json") for target in known])
         return
-    made = table("name", "sm>", "memory GB>", "GB/s>", "fp16 TFLOP/s>", "TensorRT", "precisions")
+    made = table("name", "sm>", "memory GiB>", "GB/s>", "fp16 TFLOP/s>", "TensorRT", "precisions")
     for target in known:
         made.add_row(
             target.name,
@@ -156,7 +156,7 @@ def estimate_command(
 def _shape_of(model: str) -> tuple[ModelShape, str | None, str | None]:
     """A model's shape, and the precisions of its vision graph and decoder where it is a bundle that has them."""
     folder = Path(os.path.expanduser(model))
-    if model and (folder / MANIFEST).is_file():
+    if model and os.path.isfile(folder / MANIFEST):  # Path's own raises for a name that is too long
         plan = read_manifest(folder).plan
         decoder = plan.decoder.value if plan.decoder else None
         return shape_from_spec(plan.model, plan.policy), plan.precision.value, decoder
@@ -215,5 +215,7 @@ def _verdict(found: Estimate) -> str:
     prompt = found.rows[0].budget + found.text_tokens
     if found.context_that_fits >= prompt:
         return f"does not fit: {needed}, {usable} are usable; it would with --context {found.context_that_fits}"
-    smaller = "" if found.decoder_precision is DecoderPrecision.INT4 else "; try --decoder-precision int4"
-    return f"does not fit: {needed}, {usable} are usable, whatever the context{smaller}"
+    smaller = [] if found.decoder_precision is DecoderPrecision.INT4 else ["--decoder-precision int4"]
+    smaller += ["a smaller --batch"] if found.batch > 1 else []
+    advice = f"; try {', '.join(smaller)}" if smaller else ""
+    return f"does not fit: {needed}, {usable} are usable, whatever the context{advice}"

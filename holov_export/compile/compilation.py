@@ -20,7 +20,8 @@ from holov_export.compile.profile import profiles_from_target
 from holov_export.engine import ShapeProfile
 from holov_export.errors import EngineError
 from holov_export.spec import ExportPlan, Frozen, Precision
-from holov_export.targets import BuildFlags, EngineTarget, version_from_text
+from holov_export.targets import BuildFlags, EngineTarget
+from holov_export.versions import version_from_text
 
 NetworkKind = Literal["strongly-typed", "fp16-flag", "fp32"]
 HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"]

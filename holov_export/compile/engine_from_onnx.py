@@ -38,6 +38,7 @@ from holov_export.engine import (
     Engine,
     EngineRecord,
     atomic_engine_folder,
+    system_name,
     write_record,
 )
 from holov_export.errors import EngineError, HardwareError, StorageError
@@ -262,6 +263,7 @@ def _record(bundle: Bundle, plan: CompilePlan, gpu: Gpu, work: Path, seconds: fl
             cuda=gpu.cuda,
             gpu=gpu.name,
             sm=gpu.sm,
+            system=system_name(),
             network=plan.network,
             version_compatible=plan.flags.version_compatible,
             hardware_compatibility=plan.flags.hardware_compatibility,

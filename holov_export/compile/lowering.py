@@ -25,7 +25,7 @@ from holov_export.compile.rewrites import (
 )
 from holov_export.errors import UsageError
 from holov_export.extras import require
-from holov_export.targets import version_from_text
+from holov_export.versions import version_from_text
 
 if TYPE_CHECKING:
     from onnx import AttributeProto, GraphProto, ModelProto, NodeProto

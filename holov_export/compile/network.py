@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holov_export.errors import EngineError
-from holov_export.targets import version_from_text
+from holov_export.versions import version_from_text
 
 if TYPE_CHECKING:
     from onnx import ModelProto

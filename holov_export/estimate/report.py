@@ -11,7 +11,7 @@ from holov_export.errors import BudgetError, UsageError
 from holov_export.estimate.memory import RUNTIME_BYTES, Memory, memory_of
 from holov_export.estimate.roofline import SHARES, WEIGHT_BYTES, Machine, format_of
 from holov_export.estimate.shapes import ModelShape
-from holov_export.estimate.stages import SELECTION_KERNELS, prefill_seconds, step_seconds, vision_seconds
+from holov_export.estimate.stages import SELECTION_KERNELS, STEP_KERNELS, prefill_seconds, step_seconds, vision_seconds
 from holov_export.spec import DecoderPrecision, Frozen
 from holov_export.targets import EngineTarget, TargetPrecision
 
@@ -79,7 +79,7 @@ def estimate(
     """
     check_precision(target, precision, "vision engine")
     layers: TargetPrecision = decoder.value
-    check_precision(target, "fp16" if layers == "int4" else layers, "decoder")
+    _check_rate(target, "fp16" if layers == "int4" else layers, "decoder")
     tokens = shape.vision.tokens
     asked = _budgets(tokens, budgets)
     room = shape.decoder.context if context is None else context
@@ -100,7 +100,7 @@ def estimate(
         fits=all(row.memory_bytes <= target.usable_bytes for row in rows),
         context_that_fits=min(shape.decoder.context, _context_that_fits(rows[0], room, target.usable_bytes)),
         rows=rows,
-        assumptions=_assumptions(target, precision, layers),
+        assumptions=_assumptions(shape, target, precision, layers),
     )
 
 
@@ -110,13 +110,20 @@ def check_precision(target: EngineTarget, precision: TargetPrecision, part: str)
     Raises:
         UsageError: with the reason and what it has instead.
     """
-    if target.supports(precision):
-        return
+    _check_rate(target, precision, part)
+    if not target.supports(precision):
+        raise _refused(target, precision, part, f"engines of TensorRT {target.tensorrt} are not built in it there")
+
+
+def _check_rate(target: EngineTarget, precision: TargetPrecision, part: str) -> None:
+    """Refuse a precision that the GPU lacks. The decoder needs no more than that: TensorRT does not run it."""
     if target.rate(precision) is None:
         reason = f"compute capability {target.compute_capability} has no {precision} rate in its target file"
-    else:
-        reason = f"engines of TensorRT {target.tensorrt} are not built in it there"
-    raise UsageError(
+        raise _refused(target, precision, part, reason)
+
+
+def _refused(target: EngineTarget, precision: TargetPrecision, part: str, reason: str) -> UsageError:
+    return UsageError(
         f"the {part} cannot be {precision} on {target.title}: {reason}.",
         hint=f"It has: {', '.join(target.precisions)}.",
     )
@@ -176,17 +183,22 @@ def _context_that_fits(row: BudgetRow, context: int, usable: int) -> int:
     return max(0, (usable - rest) * context // row.memory.kv_cache)
 
 
-def _assumptions(target: EngineTarget, precision: TargetPrecision, layers: TargetPrecision) -> tuple[str, ...]:
+def _assumptions(
+    shape: ModelShape, target: EngineTarget, precision: TargetPrecision, layers: TargetPrecision
+) -> tuple[str, ...]:
     """What the numbers rest on, one sentence each."""
     shared = ", shared by CPU and GPU" if target.unified_memory else ""
     kept = f"{target.reserved_gb:g} of {target.memory_gb:g}"
     bandwidth, rate = f"{target.bandwidth_gbs:g} GB/s", f"{target.rate(precision):g} T/s"
     products = f"matrix products reach {SHARES.product:.0%} of the dense {precision} rate, {rate}"
+    steps = f" and a loop of {STEP_KERNELS} for each token of the budget" if shape.vision.greedy else ""
+    attention = f"attention reaches {SHARES.attention:.0%} of the fp16 rate"
+    attention += ", in float32 of the fp32 rate" if "fp32" in (precision, layers) else ""
     said = [
         "nothing of this was measured on the target: peak rates, and the share of them that kernels commonly reach",
         f"{products}; less where they have fewer tiles than the GPU has multiprocessors",
-        f"attention reaches {SHARES.attention:.0%} of the fp16 rate, memory {SHARES.bandwidth:.0%} of {bandwidth}",
-        f"a kernel costs {SHARES.kernel_seconds * 1e6:g} us, the selection is {SELECTION_KERNELS} small ones",
+        f"{attention}, memory {SHARES.bandwidth:.0%} of {bandwidth}",
+        f"a kernel costs {SHARES.kernel_seconds * 1e6:g} us, the selection is {SELECTION_KERNELS} small ones{steps}",
         "preprocessing and the host's own time are not counted",
         f"decoder weights take {WEIGHT_BYTES[layers]:g} bytes each, keys and values {4 if layers == 'fp32' else 2}",
         f"the runtime takes {RUNTIME_BYTES / 2**30:g} GiB; the system keeps {kept} GiB{shared}",

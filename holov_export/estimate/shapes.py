@@ -6,7 +6,7 @@ from pydantic import Field, ValidationError
 
 from holov_export.assets import data_folder
 from holov_export.errors import UnknownNameError, UsageError
-from holov_export.spec import FeatureSource, Frozen, ModelSpec, SelectionPolicy
+from holov_export.spec import FeatureSource, Frozen, ModelSpec, NoSelection, ScopePolicy, SelectionPolicy
 
 
 class VisionShape(Frozen):
@@ -19,6 +19,7 @@ class VisionShape(Frozen):
         patch_values: numbers in one patch.
         projector_inner: width between the projector's two matrices. projectors: how many run (DeepStack has several).
         selects_early: the last layer and the projector run for K rows only (docs/architecture.md).
+        projects_kept: the last layer runs for all rows, the projector for K. greedy: K steps in a loop choose the rows.
     """
 
     tokens: int = Field(ge=1)
@@ -32,6 +33,8 @@ class VisionShape(Frozen):
     projector_inner: int = Field(ge=1)
     projectors: int = Field(default=1, ge=1)
     selects_early: bool = False
+    projects_kept: bool = False
+    greedy: bool = False
 
     @property
     def rows(self) -> int:
@@ -85,6 +88,7 @@ class ModelShape(Frozen):
 def shape_from_spec(spec: ModelSpec, policy: SelectionPolicy) -> ModelShape:
     """The shape of the graph that an export of `spec` with `policy` has."""
     vision, decoder = spec.vision, spec.decoder
+    plain = isinstance(policy, NoSelection)
     return ModelShape(
         name=spec.name,
         vision=VisionShape(
@@ -96,7 +100,9 @@ def shape_from_spec(spec: ModelSpec, policy: SelectionPolicy) -> ModelShape:
             mlp_width=vision.mlp_width,
             patch_values=vision.channels * vision.patch_size**2,
             projector_inner=decoder.width,
-            selects_early=policy.features is FeatureSource.NONE,
+            selects_early=policy.features is FeatureSource.NONE and not plain,
+            projects_kept=policy.features is FeatureSource.HIDDEN or plain,
+            greedy=isinstance(policy, ScopePolicy),
         ),
         decoder=DecoderShape(
             width=decoder.width,

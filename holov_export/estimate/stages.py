@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from holov_export.estimate.roofline import Format, Machine
+from holov_export.estimate.roofline import Format, Machine, format_of
 from holov_export.estimate.shapes import ModelShape
 
 #: kernels of the selection itself (a softmax of one row, sums over crops, two sorts, a gather), tiny ones
 SELECTION_KERNELS = 40
+#: kernels of one step of a greedy rule, if the 16 operators of the loop's body (`export/scope_loop.py`) are fused well
+STEP_KERNELS = 8
 
 
 def vision_seconds(machine: Machine, shape: ModelShape, form: Format, *, budget: int, batch: int) -> float:
@@ -20,12 +22,21 @@ def vision_seconds(machine: Machine, shape: ModelShape, form: Format, *, budget:
         total += _vision_layer(machine, shape, form, kept=budget, batch=batch)
     if budget < vision.tokens:
         total += SELECTION_KERNELS * machine.shares.kernel_seconds
-    kept = batch * (budget if vision.selects_early else vision.tokens)
+    if vision.greedy:
+        total += _greedy_seconds(machine, shape, steps=budget, batch=batch)
+    kept = batch * (budget if vision.selects_early or vision.projects_kept else vision.tokens)
     merged = vision.width * vision.patches_per_token
     projector = machine.product(form, kept, merged, vision.projector_inner)
     projector += machine.moved(2 * kept * vision.projector_inner, form)
     projector += machine.product(form, kept, vision.projector_inner, shape.decoder.width)
     return total + vision.projectors * projector
+
+
+def _greedy_seconds(machine: Machine, shape: ModelShape, *, steps: int, batch: int) -> float:
+    """The similarities of all pairs of rows, float32, and `steps` rounds that read all of them once."""
+    form, tokens = format_of(machine.target, "fp32"), shape.vision.tokens
+    similarity = machine.product(form, batch * tokens, shape.vision.width, tokens)
+    return similarity + steps * machine.moved(batch * tokens * tokens, form, kernels=STEP_KERNELS)
 
 
 def _vision_layer(machine: Machine, shape: ModelShape, form: Format, *, kept: int, batch: int) -> float:

@@ -22,6 +22,7 @@ from holov_export.export.translations import translation_table
 from holov_export.signature import INPUTS, OUTPUTS, TensorSpec, vision_signature
 from holov_export.spec import ExportPlan
 from holov_export.vision.clip import TORCH_DTYPES, LlavaVision
+from holov_export.vision.plain import PlainVision
 
 _ONNX_DTYPES = {
     ir.DataType.FLOAT: "float32",
@@ -31,7 +32,7 @@ _ONNX_DTYPES = {
 }
 
 
-def onnx_from_graph(module: LlavaVision, plan: ExportPlan) -> ir.Model:
+def onnx_from_graph(module: LlavaVision | PlainVision, plan: ExportPlan) -> ir.Model:
     """Export the vision module.
 
     The result's inputs and outputs are those of `signature.py`; batch, budget and quota are dynamic.
@@ -110,7 +111,7 @@ def graph_tensors(specs: tuple[TensorSpec, ...]) -> tuple[GraphTensor, ...]:
     return tuple(GraphTensor(name=spec.name, dtype=spec.dtype, shape=spec.shape) for spec in specs)
 
 
-def _exported(module: LlavaVision, plan: ExportPlan) -> ir.Model:
+def _exported(module: LlavaVision | PlainVision, plan: ExportPlan) -> ir.Model:
     vision = plan.model.vision
     pixels = torch.zeros(2, vision.channels, vision.image_size, vision.image_size, dtype=TORCH_DTYPES[plan.precision])
     budget = min(2, vision.tokens)

@@ -15,6 +15,7 @@ from holov_export.spec import (
     HolovOfficialPolicy,
     HolovPaperPolicy,
     HolovPolicy,
+    NoSelection,
     RandomPolicy,
     ScopePolicy,
     SelectionPolicy,
@@ -62,6 +63,8 @@ def positions_of(
         return np.sort(_descending(saliency)[:quota])
     if isinstance(policy, UniformPolicy):
         return uniform_positions(count, quota)
+    if isinstance(policy, NoSelection):
+        return np.arange(quota, dtype=np.int64)
     return np.sort(random_order(policy, count)[:quota])
 
 

@@ -12,6 +12,7 @@ from holov_export.spec import (
     HolovOfficialPolicy,
     HolovPaperPolicy,
     HolovPolicy,
+    NoSelection,
     RandomPolicy,
     ScopePolicy,
     SelectionPolicy,
@@ -19,7 +20,13 @@ from holov_export.spec import (
 
 
 def rule_from_policy(policy: SelectionPolicy, grid: tuple[int, int]) -> nn.Module:
-    """The rule (see `rule.Rule`) for a grid of (rows, columns) tokens."""
+    """The rule (see `rule.Rule`) for a grid of (rows, columns) tokens.
+
+    Raises:
+        ValueError: a plain encoder has none (`vision.plain`).
+    """
+    if isinstance(policy, NoSelection):
+        raise ValueError(f"'{policy.method}' is no rule")
     if isinstance(policy, HolovPolicy):
         return HolovRule(policy, grid)
     if isinstance(policy, HolovOfficialPolicy):

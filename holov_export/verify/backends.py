@@ -9,7 +9,7 @@ import numpy as np
 
 from holov_export.extras import require
 from holov_export.selection.reference import positions_of
-from holov_export.spec import ExportPlan, ModelSpec, Precision
+from holov_export.spec import ExportPlan, FeatureSource, ModelSpec, Precision
 from holov_export.tensors import FloatArray, PixelBatch, VisualTokens
 from holov_export.verify.parity import positions_only
 
@@ -28,6 +28,18 @@ def tokens_from_torch(module: LlavaVision, pixels: PixelBatch, budget: int, quot
             torch.from_numpy(pixels.pixel_values).to(dtype), torch.tensor([budget]), torch.tensor(quota)
         )
     return VisualTokens(tokens.float().numpy(), positions.numpy(), counts.numpy(), saliency.numpy())
+
+
+def features_from_torch(module: LlavaVision, pixels: PixelBatch) -> FloatArray:
+    """float32 [B, N, ..]: what the module's rule reads beside saliency, two pictures at a time."""
+    torch = require("torch")
+    dtype, parts = next(module.parameters()).dtype, []
+    with torch.inference_mode():
+        for pair in torch.from_numpy(pixels.pixel_values).to(dtype).split(2):
+            hidden = module.hidden(pair)
+            projected = module.features is FeatureSource.PROJECTED
+            parts.append((module.multi_modal_projector(hidden) if projected else hidden).float().numpy())
+    return np.concatenate(parts)
 
 
 def tokens_from_reference(

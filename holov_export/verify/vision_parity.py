@@ -19,6 +19,7 @@ from holov_export.tensors import FloatArray, PixelBatch, VisualTokens
 from holov_export.verify.backends import (
     CPU_PRECISIONS,
     TransformersVision,
+    features_from_torch,
     gathered,
     tokens_from_reference,
     tokens_from_torch,
@@ -134,7 +135,7 @@ def _in_small_batches(run: Callable[[PixelBatch, int, list[int]], VisualTokens],
 
 
 def _run_torch(bundle: Bundle, checkpoint: Path, cases: Sequence[Case]) -> tuple[list[VisualTokens], FloatArray | None]:
-    """(results, features [B, N, D] for a rule that reads projected ones)."""
+    """(results, features [B, N, ..] for a rule that reads any)."""
     from holov_export.vision.clip import forget_weights, vision_from_checkpoint
     from holov_export.vision.weights import SafetensorsReader
 
@@ -144,9 +145,8 @@ def _run_torch(bundle: Bundle, checkpoint: Path, cases: Sequence[Case]) -> tuple
     run = partial(tokens_from_torch, module)
     results = [_in_small_batches(run, case) for case in cases]
     features = None
-    if plan.policy.features is FeatureSource.PROJECTED:
-        pixels, tokens = cases[0][0], plan.model.vision.tokens
-        features = _in_small_batches(run, (pixels, tokens, [tokens] * len(pixels))).tokens
+    if plan.policy.features is not FeatureSource.NONE:
+        features = features_from_torch(module, cases[0][0])
     forget_weights(module)
     return results, features
 

@@ -192,6 +192,11 @@ class LlavaVision(nn.Module):
         real = (positions >= 0).unsqueeze(-1)
         return torch.where(real, tokens, torch.zeros((), dtype=tokens.dtype)), positions, counts, saliency
 
+    def hidden(self, pixel_values: Tensor) -> Tensor:
+        """[B, N, E]: all patch rows of the feature layer, before the projector; for comparisons."""
+        x = self.vision_tower.before_feature_layer(pixel_values)
+        return self.vision_tower.feature_layer(x)[:, 1:]
+
     def select(
         self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor, size: int
     ) -> tuple[Tensor, Tensor]:

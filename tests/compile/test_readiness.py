@@ -33,7 +33,7 @@ from holov_export.compile.readiness import CHECKS, TOO_LARGE, VERSIONS, readines
 from holov_export.compile.readiness_rules import rule_book
 from holov_export.errors import BundleError, UsageError
 from holov_export.spec import POLICIES, Precision
-from holov_export.targets import version_from_text
+from holov_export.versions import version_from_text
 
 BOOK = rule_book()
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from holov_export.selection.geometry import crops_of_grid, tiles_of
 from holov_export.selection.reference import official_quotas, paper_quotas, positions_of, scope_order, uniform_positions
+from holov_export.selection.registry import rule_from_policy
 from holov_export.spec import (
     POLICIES as POLICY_CLASSES,
 )
@@ -17,6 +18,7 @@ from holov_export.spec import (
     CropLayout,
     HolovOfficialPolicy,
     HolovPolicy,
+    NoSelection,
     ScopePolicy,
     SelectionPolicy,
     policy_from_settings,
@@ -164,6 +166,14 @@ def test_scope_spreads_over_what_is_different() -> None:
     saliency = np.array([[0.2, 0.15, 0.15, 0.15, 0.15, 0.15, 0.02, 0.03]], dtype=np.float32)
     row = kept(ScopePolicy(), saliency, [2], (2, 4), features)[0]
     assert row[:2].tolist() == [0, 7]
+
+
+def test_no_selection_is_no_rule_and_keeps_the_first_tokens() -> None:
+    """A plain encoder's reference; it must not pass for the last of the rules."""
+    saliency = np.random.default_rng(0).random(16, dtype=np.float32)
+    assert positions_of(NoSelection(), saliency, 5, (4, 4)).tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="'none' is no rule"):
+        rule_from_policy(NoSelection(), (4, 4))
 
 
 SPECIAL: dict[str, float] = {"zero": 0.0, "constant": 1 / 64, "tiny": 2.0**-100, "one": 1.0}

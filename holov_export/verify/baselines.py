@@ -1,0 +1,126 @@
+"""What a pruned bundle is compared with: the same checkpoint, exporter and precision, with no selection or a blind one.
+
+    plain      the encoder without selection: what pruning costs or saves altogether
+    uniform    fixed positions, gathered as the pruned ones are: what is left is the price of deciding
+
+Both have the signature of a pruned graph, so whatever compiles, runs or times a bundle does it with these as well.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from holov_export import __version__
+from holov_export.bundle import (
+    SCHEMA,
+    TOKENIZER,
+    Bundle,
+    Manifest,
+    artifacts_in,
+    atomic_folder,
+    provenance,
+    write_manifest,
+)
+from holov_export.errors import ParityError, UnknownNameError
+from holov_export.runtime.preprocess import pixels_from_images
+from holov_export.runtime.runner_ort import OrtRunner
+from holov_export.spec import ExportPlan, NoSelection, Precision, UniformPolicy
+from holov_export.tensors import VisualTokens
+from holov_export.verify.backends import CPU_PRECISIONS
+from holov_export.verify.machine import installed_libraries
+from holov_export.verify.parity import TOLERANCES, Comparison, compare
+from holov_export.verify.pictures import default_pictures
+
+#: name -> policy that the manifest of such a bundle names
+BASELINES: dict[str, NoSelection | UniformPolicy] = {"plain": NoSelection(), "uniform": UniformPolicy()}
+
+
+def baseline_of(
+    bundle: Bundle,
+    checkpoint: Path,
+    output: Path,
+    *,
+    kind: str = "plain",
+    overwrite: bool = False,
+    verify: bool = True,
+    tell: Callable[[str], None] = lambda message: None,
+) -> Bundle:
+    """Export the encoder of a bundle once more with another selection or none, and compare the two at K = N.
+
+    Args:
+        bundle: a pruned one. checkpoint: directory of the weights that it was exported from.
+        output: folder of the new bundle. kind: a name of `BASELINES`.
+        verify: refuse it if its rows are not those of the pruned graph.
+
+    Raises:
+        UnknownNameError: another kind.
+        ParityError: the rows of the two graphs differ, or the exporter did not keep the signature.
+        CheckpointError: the checkpoint lacks a tensor.
+        EnvironmentFaultError: torch or the exporter is not installed, or the disk is full.
+    """
+    if kind not in BASELINES:
+        raise UnknownNameError(f"unknown baseline '{kind}'.", hint=f"Known: {', '.join(BASELINES)}.")
+    plan = bundle.manifest.plan.model_copy(update={"policy": BASELINES[kind], "decoder": None})
+    tell(f"export the baseline '{kind}' ({plan.precision.value})")
+    with atomic_folder(output, overwrite=overwrite) as work:
+        _write_graph(plan, checkpoint, work)
+        shutil.copyfile(bundle.tokenizer, work / TOKENIZER)
+        manifest = Manifest(
+            schema_version=SCHEMA,
+            plan=plan,
+            inputs=bundle.manifest.inputs,
+            outputs=bundle.manifest.outputs,
+            artifacts=artifacts_in(work),
+            provenance=provenance(__version__, {item.name: item.version for item in installed_libraries()}),
+        )
+        write_manifest(work, manifest)
+        if verify and plan.precision in CPU_PRECISIONS:
+            tell(f"compare: {kind}")
+            refuse_if_different(compare_with_pruned(Bundle(work, manifest), bundle), plan.precision)
+    return Bundle(output, manifest)
+
+
+def _write_graph(plan: ExportPlan, checkpoint: Path, work: Path) -> None:
+    from holov_export.export.onnx_from_graph import forget_graph, onnx_from_graph, save_vision
+    from holov_export.vision.clip import forget_weights, vision_from_checkpoint
+    from holov_export.vision.plain import plain_from_checkpoint
+    from holov_export.vision.weights import SafetensorsReader
+
+    with SafetensorsReader(checkpoint) as reader:
+        module = (
+            plain_from_checkpoint(plan.model, reader, plan.precision)
+            if plan.policy.method == "none"
+            else vision_from_checkpoint(plan.model, plan.policy, reader, plan.precision)
+        )
+    model = onnx_from_graph(module, plan)
+    save_vision(model, work)
+    forget_graph(model)
+    forget_weights(module)
+
+
+def compare_with_pruned(baseline: Bundle, pruned: Bundle) -> Comparison:
+    """Both graphs at K = N on two pictures, in ONNX Runtime on the CPU: the rows must be the same."""
+    plan = baseline.manifest.plan
+    pictures = [picture for _, picture in default_pictures()[-2:]]
+    pixels, tokens = pixels_from_images(pictures, plan.model.image), plan.model.vision.tokens
+    sides: list[VisualTokens] = []
+    for bundle in (baseline, pruned):
+        with OrtRunner(bundle, provider="cpu") as runner:
+            sides.append(runner.run(pixels, tokens, saliency=False))
+    names = (plan.policy.method, "pruned")
+    return compare(sides[0], sides[1], names=names, budget=tokens, tolerance=TOLERANCES[plan.precision])
+
+
+def refuse_if_different(comparison: Comparison, precision: Precision) -> None:
+    """Judge the rows at common positions alone: a rule that is not lossless at N may lack some.
+
+    Raises:
+        ParityError: they differ by more than the tolerance of the precision.
+    """
+    if not comparison.token_error <= TOLERANCES[precision].tokens:
+        raise ParityError(
+            f"the baseline's rows differ from the pruned graph's at K = N: error {comparison.token_error:.2e}.",
+            hint="The checkpoint may not be the one that the bundle was exported from.",
+        )

@@ -1,0 +1,325 @@
+"""scripts/gpu: rehearsed on a CPU and against a stand-in of TensorRT, so that nothing is left to find out on a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorrt_standin
+from tensorrt_standin import FakeGpu
+
+from holov_export.bundle import Bundle
+from holov_export.tensors import VisualTokens
+from holov_export.verify.baselines import baseline_of
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts" / "gpu"
+
+
+@pytest.fixture(autouse=True)
+def on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def bundles(exported_bundle: Bundle, llava_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A pruned and a plain bundle to build engines in."""
+    import shutil
+
+    work = tmp_path_factory.mktemp("gpu")
+    pruned = Path(shutil.copytree(exported_bundle.folder, work / "holov"))
+    plain = baseline_of(exported_bundle, llava_checkpoint, work / "plain").folder
+    return [plain, pruned]  # in the wrong order on purpose
+
+
+@pytest.fixture(scope="module")
+def reference(exported_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sys.path[:0] = [str(SCRIPTS), str(ROOT / "scripts")]
+    try:
+        from prepare import write_reference
+    finally:
+        del sys.path[:2]
+    path = tmp_path_factory.mktemp("reference") / "reference.npz"
+    said = write_reference(exported_bundle, path, 3, (64, 7))
+    assert (said["pictures"], said["budgets"]) == (3, [64, 7])
+    return path
+
+
+def options_for(bundles: list[Path], reference: Path | None, out: Path, **other: Any) -> Namespace:
+    """What `measure` is asked for, small."""
+    said = {"keep": False, "here": True, "memory": "auto", "level": None, "seconds": 0.02, "budgets": (64, 7)}
+    said |= {"bundles": bundles, "reference": [reference] if reference else [], "target": "h200", "json": out}
+    return Namespace(**{**said, "batches": (1, 2), "callers": (1, 2), **other})
+
+
+@pytest.fixture(scope="module", params=["8.6.0", "10.13.3"])
+def found(
+    request: pytest.FixtureRequest, bundles: list[Path], reference: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What a whole run of `measure` writes."""
+    sys.path[:0] = [str(SCRIPTS), str(ROOT / "scripts")]
+    try:
+        with tensorrt_standin.installed(request.param, gpu=FakeGpu()):
+            import measure
+            from steps import Steps
+
+            steps = Steps(tmp_path_factory.mktemp("measured") / "out.json", 10)
+            measure.measure(steps, options_for(bundles, reference, steps.path))
+    finally:
+        del sys.path[:2]
+    assert steps.failed == []
+    written: dict[str, Any] = json.loads(steps.path.read_text(encoding="utf-8"))
+    return written
+
+
+class TestSteps:
+    def steps(self, tmp_path: Path, minutes: float = 1.0) -> Any:
+        from steps import Steps
+
+        return Steps(tmp_path / "deep" / "out.json", minutes)
+
+    def written(self, tmp_path: Path) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((tmp_path / "deep" / "out.json").read_text(encoding="utf-8"))
+        return found
+
+    def test_a_failure_is_noted_and_the_next_step_runs(self, tmp_path: Path) -> None:
+        steps = self.steps(tmp_path)
+
+        def fail() -> None:
+            raise KeyError("gone")
+
+        assert steps.run("first", fail) is None
+        assert self.written(tmp_path)["steps"][0]["outcome"] == "failed"  # written at once
+        assert steps.run("second", lambda: 7) == 7
+        first, second = self.written(tmp_path)["steps"]
+        assert (first["reason"], first["where"][-1]) == ("KeyError: 'gone'", "fail")
+        assert second["outcome"] == "done"
+        assert [entry["step"] for entry in steps.failed] == ["first"]
+
+    def test_what_would_not_end_in_time_is_not_begun(self, tmp_path: Path) -> None:
+        steps = self.steps(tmp_path, minutes=0.5)
+        ran: list[str] = []
+        steps.run("long", lambda: ran.append("long"), needs=60)
+        steps.run("short", lambda: ran.append("short"), needs=1)
+        assert ran == ["short"]
+        assert self.written(tmp_path)["steps"][0]["outcome"] == "skipped"
+
+    def test_an_interrupted_run_leaves_what_it_has(self, tmp_path: Path) -> None:
+        steps = self.steps(tmp_path)
+
+        def interrupt() -> None:
+            steps.found["half"] = 1
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            steps.run("first", interrupt)
+        found = self.written(tmp_path)
+        assert (found["half"], found["steps"][0]["outcome"]) == (1, "interrupted")
+        assert not list((tmp_path / "deep").glob("*.part"))
+
+    def test_the_file_names_the_machine_and_no_path(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "measure.py"), str(tmp_path / "bundle"), "--minutes", "1"])
+        self.steps(tmp_path).write()
+        found = self.written(tmp_path)
+        assert found["command"] == "scripts/gpu/measure bundle --minutes 1"
+        assert found["machine"]["cpu"]
+
+
+class TestMeasure:
+    def test_a_whole_run(self, found: dict[str, Any]) -> None:
+        assert [(item["bundle"], item["method"]) for item in found["builds"]] == [("holov", "holov"), ("plain", "none")]
+        assert all(item["layers"] and item["bytes"] and item["built_with"]["gpu"] for item in found["builds"])
+        assert {(item["batch"], item["budget"]) for item in found["parity"]} == {
+            (b, k) for b in (1, 2) for k in (64, 7)
+        }
+        assert all(item["kept_in_common"] == 1.0 and item["passed"] for item in found["parity"])
+        assert len(found["shapes"]) > 20 and not any(item["wrong"] for item in found["shapes"])
+        assert [report["cases"][0]["batch"] for report in found["bench"]] == [1, 2]
+        labels = [info["label"] for info in found["bench"][0]["contestants"]]
+        assert labels == ["holov", "plain", "holov, no CUDA graphs"]
+        assert [item["threads"] for item in found["callers"]["concurrency"]] == [1, 2]
+        assert [entry["outcome"] for entry in found["steps"]] == ["done"] * len(found["steps"])
+
+    def test_the_report_takes_its_numbers_from_the_file(self, found: dict[str, Any], tmp_path: Path) -> None:
+        from gpu_report import gpu_block
+
+        folder = tmp_path / "results"
+        folder.mkdir()
+        (folder / "gpu-engines.json").write_text(json.dumps(found), encoding="utf-8")
+        text = gpu_block(folder)
+        case = next(c for c in found["bench"][0]["cases"] if c["contestant"] == "holov" and c["budget"] == 7)
+        assert f"{case['gpu']['p50']:.3f}" in text
+        assert "holov: 100.00% or more of the tokens that float32 keeps in ONNX Runtime, over 4 combinations" in text
+        assert f"{len(found['shapes'])} combinations of batch and budget ran without a rebuild, 0 with" in text
+        assert "PyTorch: not measured" in text
+
+    def test_without_a_gpu_every_step_says_why(self, bundles: list[Path], reference: Path, tmp_path: Path) -> None:
+        from steps import Steps
+
+        with tensorrt_standin.installed("8.6.0", gpu=None):
+            import measure
+
+            steps = Steps(tmp_path / "out.json", 10)
+            measure.measure(steps, options_for(bundles, reference, steps.path))
+        assert [entry["step"] for entry in steps.failed] == ["build holov", "build plain"]
+        assert all("no usable NVIDIA GPU" in entry["reason"] for entry in steps.failed)
+
+    def test_a_child_that_cannot_build_gives_its_reason(self, bundles: list[Path], tmp_path: Path) -> None:
+        """A process of its own for each engine; here there is no TensorRT, so the reason is all that comes back."""
+        import measure
+
+        from holov_export.bundle import open_bundle
+
+        one = open_bundle(bundles[1], verify="size")
+        with pytest.raises(RuntimeError, match=r"ended with 3: .*(no usable NVIDIA GPU|not installed)"):
+            measure.build_in_child(one, one, options_for(bundles, None, tmp_path / "out.json"), 60)
+
+
+class TestContract:
+    """What `measure` calls wrong, so that "nothing wrong" means something."""
+
+    def result(self, quota: list[int], budget: int) -> VisualTokens:
+        positions = np.full((len(quota), budget), -1, np.int64)
+        tokens = np.zeros((len(quota), budget, 4), np.float32)
+        for image, count in enumerate(quota):
+            positions[image, :count], tokens[image, :count] = np.arange(count), 1.0
+        return VisualTokens(tokens, positions, np.array(quota))
+
+    def test_a_sound_result(self) -> None:
+        from measure import wrong_with
+
+        assert wrong_with(self.result([3, 2], 3), 3, [3, 2]) == ""
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda r: r.tokens.__setitem__((1, 2), 5.0), "padding"),
+            (lambda r: r.tokens.__setitem__((0, 0, 0), np.nan), "finite"),
+            (lambda r: r.positions.__setitem__((0, 1), 0), "different"),
+            (lambda r: r.positions.__setitem__((0, 1), -1), "different"),
+            (lambda r: r.positions.__setitem__((1, 2), 0), "padding"),
+            (lambda r: r.counts.__setitem__(0, 2), "counts"),
+        ],
+    )
+    def test_each_kind_of_fault_is_seen(self, change: Any, words: str) -> None:
+        from measure import wrong_with
+
+        result = self.result([3, 2], 3)
+        change(result)
+        assert words in wrong_with(result, 3, [3, 2])
+
+    def test_another_shape(self) -> None:
+        from measure import wrong_with
+
+        assert "shapes" in wrong_with(self.result([3, 2], 3), 4, [3, 2])
+
+    def test_kept_in_common_counts_sets(self) -> None:
+        from measure import kept_in_common
+
+        ours, theirs = self.result([3, 2], 3), self.result([3, 2], 3)
+        assert kept_in_common(ours, theirs) == 1.0
+        ours.positions[0] = [2, 9, 0]  # order does not count
+        assert kept_in_common(ours, theirs) == 0.8
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `peers --rehearse` writes."""
+    import torch
+
+    sys.path[:0] = [str(SCRIPTS), str(ROOT / "scripts")]
+    try:
+        import peers
+        from steps import Steps
+    finally:
+        del sys.path[:2]
+    steps = Steps(tmp_path_factory.mktemp("peers") / "peers.json", 10)
+    options = Namespace(budgets=None, modes="", batches=(1, 2), rounds=2, no_language=False)
+    with torch.inference_mode():
+        peers.peers(steps, peers.sizes_of(rehearse=True), options)
+    assert steps.failed == []
+    found: dict[str, Any] = json.loads(steps.path.read_text(encoding="utf-8"))
+    return found
+
+
+class TestPeers:
+    def test_all_ways_ran_and_ours_agrees_with_the_plain_encoder(self, rehearsed: dict[str, Any]) -> None:
+        ways = {(row["way"], row["batch"]) for row in rehearsed["peers"] if "failed" not in row}
+        assert ways == {(way, b) for way in ("official, eager", "plain, SDPA", "ours, eager") for b in (1, 2)}
+        assert rehearsed["check"]["token_error"] < 1e-5
+        assert rehearsed["ceilings"]["matrix_tflops"] > 0 and rehearsed["ceilings"]["copy_gbs"] > 0
+
+    def test_the_cache_grows_with_the_visual_tokens(self, rehearsed: dict[str, Any]) -> None:
+        kept = {
+            (row["batch"], row["visual_tokens"]): row["cache_bytes_after_prefill"]
+            for row in rehearsed["language"]
+            if row["way"] == "prefill"
+        }
+        # two layers, keys and values, width 32, float32; 35 words
+        assert kept == {(b, visual): b * (35 + visual) * 2 * 2 * 32 * 4 for b in (1, 2) for visual in (16, 4)}
+
+    def test_a_rehearsal_is_never_reported(self, rehearsed: dict[str, Any], tmp_path: Path) -> None:
+        from gpu_report import gpu_block
+
+        (tmp_path / "gpu-peers.json").write_text(json.dumps(rehearsed), encoding="utf-8")
+        with pytest.raises(ValueError, match="rehearsal"):
+            gpu_block(tmp_path)
+
+    def test_times_beside_the_floor_and_the_language_model(self, rehearsed: dict[str, Any], tmp_path: Path) -> None:
+        from gpu_report import gpu_block
+
+        measured = json.loads(json.dumps({**rehearsed, "rehearsal": False}))
+        for row in [*measured["peers"], *measured["language"]]:
+            row["gpu"] = {"p50": 2.5 * row["batch"]}
+        (tmp_path / "gpu-peers.json").write_text(json.dumps(measured), encoding="utf-8")
+        text = gpu_block(tmp_path)
+        assert "| PyTorch, ours, eager, K=2 | 2.500 | 5.000 |" in text
+        assert "| floor: " in text and "| B=1 | 16 | 51 | 2.500 |  | 2.500 | 0 MiB |" in text
+        assert "engines: not measured" in text
+
+
+def test_without_results_the_block_says_that_nothing_was_measured(tmp_path: Path) -> None:
+    from gpu_report import NOTHING, gpu_block
+
+    assert gpu_block(tmp_path) == NOTHING
+    assert "Nothing has been measured on a GPU yet" in NOTHING
+
+
+def test_what_has_to_be_installed_is_pinned_and_known_to_the_project() -> None:
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    for name in ("requirements-torch.txt", "requirements-tensorrt.txt"):
+        lines = [line for line in (SCRIPTS / name).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+        assert len(lines) > 3
+        for line in lines:
+            package, _, version = line.partition("==")
+            assert version, line
+            # TensorRT 8.6.0 was built for CUDA 12 and for NumPy 1
+            assert package in ("numpy", "cuda-bindings") or f"{package}=={version}" in constraints, line
+
+
+@pytest.mark.slow
+def test_prepare_makes_what_measure_needs(tmp_path: Path) -> None:
+    """Six exports of a tiny checkpoint."""
+    ended = subprocess.run(
+        [sys.executable, str(SCRIPTS / "prepare.py"), "--work", str(tmp_path), "--size", "tiny", "--pictures", "3"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)},
+    )
+    assert ended.returncode == 0, ended.stderr
+    made = sorted(path.name for path in (tmp_path / "bundles").iterdir())
+    assert made == ["holov-fp16", "plain-fp16", "scope-fp16", "uniform-fp16"]
+    for method in ("holov", "scope"):
+        reference = np.load(tmp_path / f"reference-{method}.npz")
+        assert reference["pixels"].shape[0] == 3 and str(reference["method"]) == method
+        for budget in reference["budgets"].tolist():
+            assert reference[f"positions_{budget}"].shape == (3, budget)
+    assert not (tmp_path / "reference-fp32").exists()
