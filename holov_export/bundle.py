@@ -121,7 +121,7 @@ def read_manifest(folder: Path) -> Manifest:
         if isinstance(version, int) and version > SCHEMA:
             raise BundleError(
                 f"the bundle has schema {version}, this holov-export reads {SCHEMA}.",
-                hint="Upgrade: pip install -U holov-export",
+                hint="Upgrade holov-export.",
             )
         if isinstance(version, int) and version < SCHEMA:
             raise BundleError(
@@ -129,7 +129,13 @@ def read_manifest(folder: Path) -> Manifest:
                 hint="Export it again.",
             )
         return Manifest.model_validate_json(text)
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise IntegrityError(
+            f"{MANIFEST} does not parse: {'.'.join(map(str, first['loc']))}: {first['msg']}.",
+            hint="Export the bundle again.",
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{MANIFEST} does not parse: {error}", hint="Export the bundle again.") from error
 
 

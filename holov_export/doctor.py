@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import sys
+from pathlib import Path
 from typing import Literal
 
 from holov_export import __version__
-from holov_export.extras import EXTRA_OF_MODULE, is_installed, require
+from holov_export.extras import EXTRA_OF_MODULE, is_installed, needs_newer_python, require
 from holov_export.gpu import NoGpu, probe
 from holov_export.spec import Frozen
 
@@ -22,6 +22,8 @@ _DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
 }
 
+#: where Jetson Linux says its release
+_RELEASE_OF_JETSON = Path("/etc/nv_tegra_release")
 
 State = Literal["ok", "missing", "fault"]
 
@@ -46,16 +48,20 @@ def examine() -> list[Finding]:
 
 def _package(module: str, extra: str) -> Finding:
     if not is_installed(module):
-        advice = f'pip install "holov-export[{extra}]"'
-        if module == "onnxruntime_genai" and sys.version_info < (3, 11) and platform.machine() == "aarch64":
-            advice = "has no wheel for Python 3.10 on aarch64; use Python 3.11 or newer"
-        return Finding(subject=module, state="missing", found="-", advice=advice)
+        return Finding(subject=module, state="missing", found="-", advice=_way_to(module, extra))
     for name in _DISTRIBUTIONS.get(module, (module,)):
         try:
             return Finding(subject=module, state="ok", found=importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             continue
     return Finding(subject=module, state="ok", found="installed, version unknown")
+
+
+def _way_to(module: str, extra: str) -> str:
+    """How a missing package gets here."""
+    if module == "tensorrt" and _RELEASE_OF_JETSON.exists():
+        return "JetPack's own: apt install python3-libnvinfer, and a venv with --system-site-packages"
+    return needs_newer_python(module) or f'pip install "holov-export[{extra}]"'
 
 
 def _providers() -> Finding:

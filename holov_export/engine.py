@@ -57,7 +57,7 @@ class BuiltWith(Frozen):
     gpu: str
     sm: int
     system: str
-    network: Literal["strongly-typed", "fp16-flag", "fp32"]
+    network: Literal["strongly-typed", "fp16-flag", "fp16-flag, pins preferred", "fp32"]
     version_compatible: bool = False
     hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
     weight_streaming: bool = False
@@ -116,7 +116,9 @@ def read_engine(folder: Path) -> Engine:
     except OSError:
         raise BundleError(f"'{folder}' holds no engine.", hint="Build one with: holov-export compile BUNDLE") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{RECORD} does not parse: {error}", hint="Compile the engine again.") from error
+        raise IntegrityError(
+            f"'{folder / RECORD}' does not parse: {error}", hint="Compile the engine again, or delete its folder."
+        ) from error
     if version != SCHEMA:
         raise BundleError(
             f"the engine's record has schema {version}, this holov-export reads {SCHEMA}.",
@@ -125,7 +127,11 @@ def read_engine(folder: Path) -> Engine:
     try:
         return Engine(folder, EngineRecord.model_validate_json(text))
     except ValidationError as error:
-        raise IntegrityError(f"{RECORD} does not parse: {error}", hint="Compile the engine again.") from error
+        first = error.errors()[0]
+        raise IntegrityError(
+            f"'{folder / RECORD}' does not parse: {'.'.join(map(str, first['loc']))}: {first['msg']}.",
+            hint="Compile the engine again, or delete its folder.",
+        ) from error
 
 
 def engines_in(folder: Path) -> list[Engine]:
@@ -151,14 +157,22 @@ def check_engine(
         EngineError: built for another GPU or by another TensorRT, or from another graph or other weights.
         IntegrityError: the plan is missing, of another size or of another hash.
     """
-    record = engine.record
-    check_machine(record, gpu, tensorrt)
+    check_machine(engine.record, gpu, tensorrt)
+    check_graph(engine.record, graph_sha256=graph_sha256, weights_sha256=weights_sha256)
+    check_plan(engine, full=full)
+
+
+def check_graph(record: EngineRecord, *, graph_sha256: str, weights_sha256: str) -> None:
+    """Refuse an engine that was built from another graph or other weights.
+
+    Raises:
+        EngineError: it was.
+    """
     if (record.graph_sha256, record.weights_sha256) != (graph_sha256, weights_sha256):
         raise EngineError(
             f"the engine '{record.target}' was built from another graph than this bundle's.",
             hint="Compile the bundle again.",
         )
-    check_plan(engine, full=full)
 
 
 def check_machine(record: EngineRecord, gpu: Gpu, tensorrt: str) -> None:
@@ -221,11 +235,13 @@ def check_plan(engine: Engine, *, full: bool = True) -> None:
         raise IntegrityError(f"{ENGINE} is missing from '{engine.folder}'.", hint="Compile it again.") from None
     if size != engine.record.bytes:
         raise IntegrityError(
-            f"{ENGINE} has {size} bytes, its record says {engine.record.bytes}.", hint="Compile the engine again."
+            f"{ENGINE} of '{engine.record.target}' has {size} bytes, its record says {engine.record.bytes}.",
+            hint="Compile the engine again.",
         )
     if full and sha256_of(engine.plan) != engine.record.sha256:
         raise IntegrityError(
-            f"{ENGINE} differs from its sha256: it was changed after the build.", hint="Compile the engine again."
+            f"{ENGINE} of '{engine.record.target}' differs from its sha256: it was changed after the build.",
+            hint="Compile the engine again.",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from types import ModuleType
 
 from holov_export.errors import MissingExtraError
@@ -27,6 +28,9 @@ EXTRA_OF_MODULE = {
     "pynvml": "bench",
 }
 
+#: the marks of pyproject.toml: an extra brings the module from this Python on
+_NEEDS_PYTHON = {"onnxruntime_genai": (3, 11)}
+
 
 def require(module: str) -> ModuleType:
     """Import `module`.
@@ -39,9 +43,19 @@ def require(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
             raise
-        extra = EXTRA_OF_MODULE.get(module.split(".")[0])
-        line = f'pip install "holov-export[{extra}]"' if extra else f"pip install {module}"
-        raise MissingExtraError(f"the Python package '{module}' is not installed.", hint=f"Run: {line}") from error
+        hint = needs_newer_python(module)
+        if not hint:
+            extra = EXTRA_OF_MODULE.get(module.split(".")[0])
+            hint = f'Run: pip install "holov-export[{extra}]"' if extra else f"Run: pip install {module}"
+        raise MissingExtraError(f"the Python package '{module}' is not installed.", hint=hint) from error
+
+
+def needs_newer_python(module: str) -> str:
+    """Said of a module that its extra leaves out on this Python, "" of any other."""
+    needed = _NEEDS_PYTHON.get(module.split(".")[0])
+    if needed is None or sys.version_info >= needed:
+        return ""
+    return f"It needs Python {'.'.join(map(str, needed))} or newer."
 
 
 def is_installed(module: str) -> bool:

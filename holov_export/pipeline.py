@@ -35,7 +35,7 @@ from holov_export.compile.machine import check_gpu, this_machine
 from holov_export.compile.readiness import ReadinessReport, readiness_of_bundle
 from holov_export.engine import Engine
 from holov_export.errors import BundleError, CheckpointError, ParityError
-from holov_export.extras import require
+from holov_export.extras import is_installed, require
 from holov_export.spec import (
     OPSETS,
     CheckpointSource,
@@ -133,6 +133,7 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
     Raises:
         HolovExportError: see `errors`; ParityError if the exported graph differs from torch or the reference.
     """
+    _require_packages(request)
     tell("resolve the checkpoint")
     plan, output = plan_from_request(request)
     checkpoint = checkpoint_from_reference(reference_from_name(request.model))
@@ -155,6 +156,14 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
         manifest = _manifest(plan, work, hashed=True)
         write_manifest(work, manifest)
     return Bundle(output, manifest), report
+
+
+def _require_packages(request: ExportRequest) -> None:
+    """What an export imports late is asked for before it begins: a 7B model takes long to get there."""
+    late = {"onnxruntime": request.verify, "onnxruntime_genai": request.decoder is not None}
+    for module, needed in late.items():
+        if needed and not is_installed(module):
+            require(module)
 
 
 def export_and_compile(

@@ -358,15 +358,31 @@ def target_from_file(path: Path) -> EngineTarget:
         return EngineTarget.model_validate(raw)
     except ValidationError as error:
         raise UsageError(
-            f"'{path}' is no usable target: {'; '.join(_problem(item, text) for item in error.errors())}.",
+            f"'{path}' is no usable target: {'; '.join(_problem(item, text) for item in _causes(error))}.",
             hint="engines/README.md explains every field.",
         ) from error
+
+
+#: what pydantic would say of a program's arguments, said of a file
+_WORDS = {"missing": "missing", "extra_forbidden": "unknown key"}
+
+
+def _causes(error: ValidationError) -> list[Any]:
+    """Pydantic's errors without those of a list that is too short only because its entries were refused."""
+    found: list[Any] = error.errors()
+    inner = [item["loc"] for item in found]
+    return [
+        item
+        for item in found
+        if item["type"] != "too_short"
+        or not any(len(loc) > len(item["loc"]) and loc[: len(item["loc"])] == item["loc"] for loc in inner)
+    ]
 
 
 def _problem(item: Any, text: str) -> str:
     """One error of pydantic in words: "rates.fp16 (line 14): Input should be greater than 0"."""
     location = list(item["loc"])
-    said = "missing" if item["type"] == "missing" else str(item["msg"]).removeprefix("Value error, ")
+    said = _WORDS.get(item["type"]) or str(item["msg"]).removeprefix("Value error, ")
     if not location:
         return said
     line = _line_of(text, location)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for the network
@@ -19,6 +21,14 @@ from holov_export.export.checkpoint import spec_from_checkpoint
 from holov_export.export.decoder_onnx import decoder_from_checkpoint
 from holov_export.pipeline import ExportRequest, export_bundle
 from holov_export.spec import DecoderPrecision, HolovPolicy, ModelSpec, Precision
+
+
+@pytest.fixture(autouse=True)
+def no_stand_in_stays() -> Iterator[None]:
+    """A stand-in of TensorRT that one test leaves behind would be found by the next ones."""
+    before = sys.modules.get("tensorrt")
+    yield
+    assert sys.modules.get("tensorrt") is before
 
 
 @pytest.fixture(scope="session")

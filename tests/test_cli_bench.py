@@ -49,6 +49,18 @@ def test_json_alone_is_on_stdout(folder: str, capsys: pytest.CaptureFixture[str]
     assert found["machine"]["cpu"]
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**place: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("holov_export.cli.bench.tempfile.TemporaryFile", refuse)
+    assert run(["bench", folder, *QUICK, "--budgets", "7", "-o", str(tmp_path / "results")]) == 3
+    said = capsys.readouterr().err
+    assert "Read-only file system" in said and "measure" not in said
+
+
 def test_files_and_no_path_of_this_machine_in_them(
     folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,3 +117,13 @@ def test_lower_refuses(exported_bundle: Bundle, llava_spec: ModelSpec, llava_che
     assert not (tmp_path / "b").exists()
     shutil.copy(exported_bundle.vision, tmp_path / "alone.onnx")
     assert run(["lower", str(tmp_path / "alone.onnx"), "--tensorrt", "8.6", "-o", str(tmp_path / "c")]) == 2
+
+
+def test_a_version_newer_than_the_rules_is_said_to_be_one(
+    toy_bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"The rules know TensorRT up to {VERSIONS[-1]}; "
+    assert run(["check", str(toy_bundle.folder), "--tensorrt", "11.9"]) == 0
+    assert f"{words}11.9 is judged as that one." in capsys.readouterr().out
+    assert run(["check", str(toy_bundle.folder), "--tensorrt", f"{VERSIONS[-1]}.2"]) == 0
+    assert words not in capsys.readouterr().out

@@ -36,7 +36,7 @@ class TestTargets:
         lines = said(targets).splitlines()
         assert [line.split()[0] for line in lines[1:]] == list(target_names())
         (row,) = [line for line in lines if line.startswith(f"{ORIN} ")]
-        assert row.split() == [ORIN, "87", "64", "204.8", "42.6", "10.3", "fp16", "int8", "bf16", "fp32", "int4"]
+        assert row.split() == [ORIN, "87", "64", "204.8", "42.6", "10.3"]
 
     def test_json_has_every_field(self, said: Any) -> None:
         found = json.loads(said(targets, "--json"))
@@ -46,7 +46,7 @@ class TestTargets:
 
     def test_one_target_with_its_sources(self, said: Any) -> None:
         text = said(targets, "jetson-orin-nano-8gb")
-        for piece in ("8.7 (sm_87), 8 multiprocessors", "6.2, Python 3.10", "MAXN_SUPER, 25W (25 W)", "1, 1/9, all"):
+        for piece in ("8.7 (sm_87), 8 multiprocessors", "6.2, Python 3.10", "MAXN_SUPER, 25W, 15W", "1:1/9:all"):
             assert piece in text
         assert "read 2026-11-21: https://" in text
         assert "unverified 2026-11-21: " in text

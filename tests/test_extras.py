@@ -16,11 +16,20 @@ def test_require_returns_the_module() -> None:
 @pytest.mark.parametrize(("module", "extra"), EXTRA_OF_MODULE.items())
 def test_missing_package_names_the_pip_line(module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(sys, "version_info", (3, 11, 0))
     with pytest.raises(MissingExtraError) as caught:
         require(module)
     assert f"'{module}' is not installed" in caught.value.message
     assert f'pip install "holov-export[{extra}]"' in caught.value.hint
     assert caught.value.exit_code == 3
+
+
+def test_what_an_extra_leaves_out_of_an_old_python_is_not_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    with pytest.raises(MissingExtraError) as caught:
+        require("onnxruntime_genai")
+    assert caught.value.hint == "It needs Python 3.11 or newer."
 
 
 def test_package_of_no_extra_is_named_itself() -> None:

@@ -54,7 +54,16 @@ def reference(exported_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory)
 
 def options_for(bundles: list[Path], reference: Path | None, out: Path, **other: Any) -> Namespace:
     """What `measure` is asked for, small."""
-    said = {"keep": False, "here": True, "memory": "auto", "level": None, "seconds": 0.02, "budgets": (64, 7)}
+    said = {
+        "keep": False,
+        "here": True,
+        "memory": "auto",
+        "level": None,
+        "profile": [],
+        "prefer": False,
+        "seconds": 0.02,
+        "budgets": (64, 7),
+    }
     said |= {"bundles": bundles, "reference": [reference] if reference else [], "target": "h200", "json": out}
     return Namespace(**{**said, "batches": (1, 2), "callers": (1, 2), **other})
 
@@ -160,6 +169,17 @@ class TestMeasure:
         assert f"{len(found['shapes'])} combinations of batch and budget ran without a rebuild, 0 with" in text
         assert "PyTorch: not measured" in text
 
+    def test_an_engine_that_lost_its_cuda_graphs_is_not_reported_as_one_that_has_them(
+        self, found: dict[str, Any], tmp_path: Path
+    ) -> None:
+        from gpu_report import gpu_block
+
+        changed = json.loads(json.dumps(found))
+        for info in changed["bench"][0]["contestants"][:1]:
+            info["engine"] += ", no CUDA graphs"
+        (tmp_path / "gpu-engines.json").write_text(json.dumps(changed), encoding="utf-8")
+        assert ", holov fp32, K=7, no CUDA graph could be made |" in gpu_block(tmp_path)
+
     def test_without_a_gpu_every_step_says_why(self, bundles: list[Path], reference: Path, tmp_path: Path) -> None:
         from steps import Steps
 
@@ -180,6 +200,21 @@ class TestMeasure:
         one = open_bundle(bundles[1], verify="size")
         with pytest.raises(RuntimeError, match=r"ended with 3: .*(no usable NVIDIA GPU|not installed)"):
             measure.build_in_child(one, one, options_for(bundles, None, tmp_path / "out.json"), 60)
+
+    def test_a_build_without_end_is_ended_and_says_how_far_it_was(
+        self, bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import measure
+
+        from holov_export.bundle import open_bundle
+
+        slow = tmp_path / "slow.py"
+        slow.write_text("import sys, time\nprint(*sys.argv[1:], file=sys.stderr)\ntime.sleep(60)\n", encoding="utf-8")
+        monkeypatch.setattr(measure, "__file__", str(slow))
+        one = open_bundle(bundles[1], verify="size")
+        options = options_for(bundles, None, tmp_path / "out.json", profile=["batch=1,budget=7"], prefer=True)
+        with pytest.raises(RuntimeError, match=r"ended after 1 s; last: .*--profile batch=1,budget=7 --prefer"):
+            measure.build_in_child(one, one, options, 1.0)
 
 
 class TestContract:
@@ -250,6 +285,29 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 class TestPeers:
+    @pytest.mark.slow  # 5 s of tracing
+    def test_ours_and_plain_are_compiled_as_one_graph(self) -> None:
+        """A graph break, or a tensor of the CPU in the graph, and torch.compile makes no CUDA graph of it."""
+        import peers
+        import torch
+
+        sizes, budget = peers.sizes_of(rehearse=True), 4
+
+        def look(module: Any, found: list[Any]) -> Any:
+            assert not [item for item in found if isinstance(item, torch.Tensor) and item.ndim == 0]
+            return module
+
+        with torch.inference_mode():
+            encoders = peers.Encoders.made(sizes)
+            side = sizes.spec.vision.image_size
+            pixels = torch.randn(2, 3, side, side)
+            asked = (pixels, torch.full((2,), budget), torch.tensor([budget]))
+            for module, given in ((encoders.plain, (pixels,)), (peers.FixedBudget(encoders.ours, budget), asked)):
+                wanted = module(*given)  # transformers installs its hooks in the first call
+                torch._dynamo.reset()
+                found = torch.compile(module, backend=look, dynamic=False, fullgraph=True)(*given)
+                assert torch.equal(found[0], wanted[0])
+
     def test_all_ways_ran_and_ours_agrees_with_the_plain_encoder(self, rehearsed: dict[str, Any]) -> None:
         ways = {(row["way"], row["batch"]) for row in rehearsed["peers"] if "failed" not in row}
         assert ways == {(way, b) for way in ("official, eager", "plain, SDPA", "ours, eager") for b in (1, 2)}

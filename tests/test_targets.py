@@ -265,7 +265,7 @@ class TestReading:
         ("change", "to", "key", "said"),
         [
             ("sm = 87", 'sm = "many"', "sm", "valid integer"),
-            ("sm = 87", 'sm = 87\ncolour = "red"', "colour", "Extra inputs are not permitted"),
+            ("sm = 87", 'sm = 87\ncolour = "red"', "colour", "unknown key"),
             ("fp16 = 42.6", "fp16 = -1", "rates.fp16", "greater than 0"),
             ('min = "10.3"', 'min = "10.4"', "tensorrt", "min 10.4 is above max 10.3"),
             ('max = "12.6"', 'max = "twelve"', "cuda.max", "match pattern"),
@@ -319,6 +319,18 @@ class TestReading:
         shown = path.read_text(encoding="utf-8").splitlines()[line - 1]
         assert any(part in shown for part in key.split(".") if not part.isdigit())
         assert to.splitlines()[-1] in "\n".join(path.read_text(encoding="utf-8").splitlines()[line - 1 : line + 2])
+
+    def test_a_list_is_not_called_empty_because_its_entry_is_wrong(self, tmp_path: Path) -> None:
+        only = 'budget = { min = 1, opt = "1/9", max = "all" }'
+        example = TestReadme.README.split("```toml\n")[1].split("```")[0]
+        path = tmp_path / "my-board.toml"
+        path.write_text(example.replace(only, only.replace('"all"', "0")), encoding="utf-8")
+        with pytest.raises(UsageError, match=r"profiles\.1\.budget\.max") as caught:
+            target_from_name(str(path))
+        assert "at least 1 item" not in caught.value.message
+        path.write_text(example.split("[[profiles]]")[0], encoding="utf-8")
+        with pytest.raises(UsageError, match="profiles: missing"):
+            target_from_name(str(path))
 
 
 class TestReadme:

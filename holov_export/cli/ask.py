@@ -205,7 +205,7 @@ def show(
     provider: str,
     verify: Literal["full", "size"],
 ) -> None:
-    """Draw a picture of what stays: kept tokens lit, pruned ones dimmed, crop borders and their counts."""
+    """Draw a picture of what stays. Kept tokens are lit, pruned ones dimmed; crop borders and their counts."""
     _check_picture(output)
     names = [name.strip() for name in methods.split(",")] if methods else []
     unknown = [name for name in names if name not in POLICIES]

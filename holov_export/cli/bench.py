@@ -99,9 +99,10 @@ def bench_command(
     verify: Literal["full", "size"],
     as_json: bool,
 ) -> None:
-    """Measure bundles side by side: latency, throughput, the selection's share, power; table, JSON, Markdown, plot.
+    """Measure bundles side by side.
 
-    All cases run in interleaved rounds in this one process, so that each sees the same machine.
+    Latency, throughput, the selection's share, power; as tables, JSON, Markdown and a plot. All cases run in
+    interleaved rounds in this one process, so that each sees the same machine.
     """
     if checkpoint is not None and not vs:
         raise click.UsageError("--checkpoint is for --vs only.")
@@ -153,6 +154,13 @@ def _check_request(folders: Sequence[Path], budgets: Sequence[int], output: Path
         require("matplotlib")
         if output.exists() and not output.is_dir():
             raise StorageError(f"'{output}' is a file, the results need a folder.", hint="Choose another --output.")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=output).close()
+        except OSError as error:
+            raise StorageError(
+                f"cannot write to '{output}': {error.strerror}.", hint="Choose another --output."
+            ) from error
 
 
 @contextmanager

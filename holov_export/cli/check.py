@@ -14,10 +14,13 @@ from holov_export.compile.graph_file import graph_path, write_lowered
 from holov_export.compile.readiness import VERSIONS, Finding, ReadinessReport, VersionReadiness, readiness_of
 from holov_export.errors import UsageError
 from holov_export.targets import target_from_name
+from holov_export.versions import version_from_text
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
 #: nodes named for one finding before "and N more"
 _NAMED = 3
+#: the newest TensorRT whose documents the rules were read from
+_NEWEST = VERSIONS[-1]
 
 model_argument = click.argument("model", type=UserPath(), metavar="BUNDLE|FILE.onnx")
 target_option = click.option("--target", help="The versions of a deployment target: a name or a TOML file.")
@@ -30,10 +33,10 @@ target_option = click.option("--target", help="The versions of a deployment targ
 @json_option
 @click.pass_context
 def check(ctx: click.Context, model: Path, target: str | None, versions: tuple[str, ...], as_json: bool) -> None:
-    """Say whether TensorRT will take a graph, without a GPU or TensorRT; exit code 1 if a version has errors.
+    """Say whether TensorRT will take a graph; needs no GPU.
 
-    A static check of operators, types, shapes and loops against what each version documents. "Ready" means that no
-    rule found an error, not that TensorRT has parsed the graph.
+    Exit code 1 if a version has errors. A static check of operators, types, shapes and loops against what each version
+    documents. "Ready" means that no rule found an error, not that TensorRT has parsed the graph.
     """
     asked = versions_asked(target, versions) or VERSIONS
     report = readiness_of(graph_path(model), asked)
@@ -50,7 +53,9 @@ def check(ctx: click.Context, model: Path, target: str | None, versions: tuple[s
 @click.option("--tensorrt", "version", metavar="VERSION", help="The TensorRT version that will read the graph.")
 @click.option("-o", "--output", type=UserPath(), required=True, help="Folder to write to; made if it is missing.")
 def lower(model: Path, target: str | None, version: str | None, output: Path) -> None:
-    """Write the graph as an older TensorRT reads it, weights beside it, for trtexec on a board.
+    """Write the graph as an older TensorRT reads it.
+
+    The folder, with the weights in it, is for trtexec on a board.
 
     TensorRT 8.5 and 8.6 get opset 17, and 8.5 gets LayerNormalization in parts; later ones get the graph as it is. A
     target is taken at its oldest TensorRT.
@@ -91,6 +96,10 @@ def print_readiness(report: ReadinessReport) -> None:
     if report.ready:
         OUT.print()
         OUT.print("Ready means that no rule found an error, not that TensorRT has parsed the graph.", style="dim")
+    newest = version_from_text(_NEWEST)
+    newer = [item.tensorrt for item in report.versions if version_from_text(item.tensorrt)[: len(newest)] > newest]
+    if newer:
+        OUT.print(f"The rules know TensorRT up to {_NEWEST}; {', '.join(newer)} is judged as that one.", style="dim")
 
 
 def _verdict(version: VersionReadiness) -> Text:

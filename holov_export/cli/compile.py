@@ -56,6 +56,11 @@ def _switch(name: str, field: str, what: str) -> Callable[[Any], Any]:
 @click.option("--timing-cache", type=UserPath(), help="File of kernel timings [default: in the user's cache folder].")
 @click.option("--no-timing-cache", is_flag=True, help="Neither read nor write kernel timings.")
 @click.option("--no-layer-report", is_flag=True, help="Do not load the engine again to ask for its layers.")
+@click.option(
+    "--prefer-pins",
+    is_flag=True,
+    help="TensorRT 8: what cannot run in the float32 that it is pinned to may run otherwise.",
+)
 @click.option("--force", is_flag=True, help="Build although the readiness check found errors.")
 @click.option("-o", "--output", type=UserPath(), help="Write to OUTPUT/TARGET/ [default: BUNDLE/engines/TARGET/].")
 @click.option("--tensorrt", "tensorrt", metavar="VERSION", help="With --dry-run: the version to plan for.")
@@ -78,13 +83,14 @@ def compile_engine(
     timing_cache: Path | None,
     no_timing_cache: bool,
     no_layer_report: bool,
+    prefer_pins: bool,
     force: bool,
     output: Path | None,
     tensorrt: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Build the TensorRT engine of a bundle, for the GPU of this machine."""
+    """Build a bundle's TensorRT engine for this machine's GPU."""
     if tensorrt and not dry_run:
         raise click.UsageError("--tensorrt goes with --dry-run: a build takes the TensorRT that is installed.")
     if timing_cache and no_timing_cache:
@@ -105,6 +111,7 @@ def compile_engine(
         use_timing_cache=not no_timing_cache,
         layer_report=not no_layer_report,
         force=force,
+        prefer=prefer_pins,
         output=output,
     )
     target = target_asked(target_name, dry_run=dry_run)

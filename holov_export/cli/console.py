@@ -63,10 +63,10 @@ def say(message: str) -> None:
 
 
 def table(*columns: str, title: str = "") -> Table:
-    """A plain table; a column whose name ends in '>' is right-aligned."""
+    """A plain table; a column whose name ends in '>' is right-aligned. What is too long is broken, never cut."""
     made = Table(title=title or None, box=None, pad_edge=False, title_justify="left", header_style="bold")
     for column in columns:
-        made.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left")
+        made.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
     return made
 
 

@@ -65,7 +65,10 @@ def export(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Export a checkpoint as a bundle: vision graph with selection, decoder, tokenizer, parity report."""
+    """Export a checkpoint as a bundle.
+
+    It holds the vision graph with the selection in it, the decoder, the tokenizer and the parity report.
+    """
     if no_decoder and decoder_precision:
         raise click.UsageError("--no-decoder and --decoder-precision exclude each other.")
     request = ExportRequest(
@@ -185,8 +188,8 @@ def _readiness_line(bundle: Bundle) -> str:
     versions = readiness_report(bundle).versions
     ready = [version.tensorrt for version in versions if version.ready]
     others = [version.tensorrt for version in versions if not version.ready]
-    line = f"TensorRT: by its rules ready for {', '.join(ready) or 'none'}"
-    return f"{line}, not for {', '.join(others)} (`holov-export check` says why)" if others else line
+    line = f"TensorRT: by the rules of `check` ready for {', '.join(ready) or 'none'}"
+    return f"{line}, not for {', '.join(others)}" if others else line
 
 
 def _shown(path: Path) -> Path:

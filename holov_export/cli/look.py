@@ -7,14 +7,17 @@ from pathlib import Path
 import click
 from rich.text import Text
 
-from holov_export.bundle import Bundle, open_bundle
+from holov_export.bundle import ENGINES, Bundle, open_bundle
 from holov_export.catalog import CATALOG
+from holov_export.cli.compile import engine_json, print_engine
 from holov_export.cli.console import OUT, print_json, progress, size_text, table
 from holov_export.cli.export import print_report
 from holov_export.cli.options import UserPath, bundle_argument, json_option
 from holov_export.doctor import examine
-from holov_export.errors import ImageError
+from holov_export.engine import Engine, check_graph, check_plan, engines_in
+from holov_export.errors import EngineError, HolovExportError, ImageError, IntegrityError
 from holov_export.pipeline import checkpoint_of, refuse_if_failed, verify_bundle
+from holov_export.runtime.engine_choice import graph_hashes
 from holov_export.spec import POLICIES, FeatureSource
 from holov_export.verify.pictures import default_pictures
 
@@ -23,12 +26,32 @@ from holov_export.verify.pictures import default_pictures
 @bundle_argument
 @json_option
 def inspect(bundle: Path, as_json: bool) -> None:
-    """Show what is in a bundle: model, selection, graph inputs and outputs, files; hashes are verified."""
+    """Show what is in a bundle, and verify its hashes.
+
+    Model, selection, graph inputs and outputs, files, and the compiled engines with what built them.
+    """
     opened = open_bundle(bundle)
+    engines = [(engine, _fault(engine, opened)) for engine in engines_in(opened.folder / ENGINES)]
     if as_json:
-        print_json(opened.manifest.model_dump(mode="json"))
-        return
-    _print_bundle(opened)
+        listed = [{**engine_json(engine), "fault": fault and fault.message} for engine, fault in engines]
+        print_json({**opened.manifest.model_dump(mode="json"), "engines": listed})
+    else:
+        _print_bundle(opened)
+        _print_engines(engines)
+    for _, fault in engines:
+        if isinstance(fault, IntegrityError):
+            raise fault
+
+
+def _fault(engine: Engine, bundle: Bundle) -> HolovExportError | None:
+    """What is wrong with an engine on any machine: built from another graph, or its plan is missing or changed."""
+    graph, weights = graph_hashes(bundle)
+    try:
+        check_graph(engine.record, graph_sha256=graph, weights_sha256=weights)
+        check_plan(engine)
+    except (EngineError, IntegrityError) as error:
+        return error
+    return None
 
 
 def _print_bundle(bundle: Bundle) -> None:
@@ -54,6 +77,14 @@ def _print_bundle(bundle: Bundle) -> None:
     OUT.print(files)
 
 
+def _print_engines(engines: list[tuple[Engine, HolovExportError | None]]) -> None:
+    for engine, fault in engines:
+        OUT.print()
+        print_engine(engine)
+        if fault is not None:
+            OUT.print(Text(fault.message, "red"), soft_wrap=True)
+
+
 @click.command()
 @bundle_argument
 @click.option("--checkpoint", help="Where the weights are: directory, name or OWNER/REPO (demo: found by itself).")
@@ -63,7 +94,7 @@ def _print_bundle(bundle: Bundle) -> None:
 def verify(
     bundle: Path, checkpoint: str | None, images: tuple[Path, ...], no_transformers: bool, as_json: bool
 ) -> None:
-    """Compare a bundle with the reference loops, torch and transformers; exit code 1 if they differ."""
+    """Compare a bundle with the reference loops, torch, transformers. Exit code 1 if they differ."""
     from holov_export.runtime.preprocess import image_from
 
     opened = open_bundle(bundle)
@@ -83,16 +114,15 @@ def verify(
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Say what this machine can do: packages, execution providers, GPU, and the pip line for what is missing."""
+    """Say what this machine can do. Packages, execution providers, GPU, and the pip line for what is missing."""
     findings = examine()
     if as_json:
         print_json([finding.model_dump(mode="json") for finding in findings])
         return
-    made = table("", "found", "what to do")
+    made = table("", "", "found", "what to do")
     for finding in findings:
         colour = {"ok": "green", "missing": "yellow", "fault": "red"}[finding.state]
-        subject = Text.assemble((finding.state, colour), f"  {finding.subject}")
-        made.add_row(subject, finding.found, finding.advice)
+        made.add_row(Text(finding.state, colour), finding.subject, finding.found, finding.advice)
     OUT.print(made)
 
 

@@ -25,7 +25,7 @@ _PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 @click.argument("name", required=False)
 @json_option
 def targets(name: str | None, as_json: bool) -> None:
-    """List the deployment targets; with NAME (or a path to a TOML file) everything about one, its sources included."""
+    """List the deployment targets. With NAME (or a path to a TOML file) everything about one, its sources included."""
     if name is not None:
         target = target_from_name(name)
         if as_json:
@@ -37,7 +37,7 @@ def targets(name: str | None, as_json: bool) -> None:
     if as_json:
         print_json([target.model_dump(mode="json") for target in known])
         return
-    made = table("name", "sm>", "memory GiB>", "GB/s>", "fp16 TFLOP/s>", "TensorRT", "precisions")
+    made = table("name", "sm>", "GiB>", "GB/s>", "fp16 TFLOP/s>", "TensorRT")  # 80 columns hold the longest name
     for target in known:
         made.add_row(
             target.name,
@@ -46,7 +46,6 @@ def targets(name: str | None, as_json: bool) -> None:
             f"{target.bandwidth_gbs:g}",
             f"{target.rates.fp16:g}",
             str(target.tensorrt),
-            " ".join(target.precisions),
         )
     OUT.print(made)
 
@@ -60,11 +59,11 @@ def _print_target(target: EngineTarget) -> None:
     if target.notes:
         OUT.print()
         OUT.print(target.notes.strip(), soft_wrap=True)
-    profiles = table("profile", "batch>", "budget>")
+    profiles = table("profile", "batch", "budget")  # smallest:usual:largest, as --batch and --budget take them
     for profile in target.profiles:
         batch, budget = profile.batch, profile.budget
         profiles.add_row(
-            profile.name, f"{batch.min}, {batch.opt}, {batch.max}", f"{budget.min}, {budget.opt}, {budget.max}"
+            profile.name, f"{batch.min}:{batch.opt}:{batch.max}", f"{budget.min}:{budget.opt}:{budget.max}"
         )
     OUT.print()
     OUT.print(profiles)
@@ -86,7 +85,8 @@ def _facts(target: EngineTarget) -> dict[str, str]:
         "bandwidth": f"{target.bandwidth_gbs:g} GB/s",
         "dense rates": ", ".join(f"{key} {value:g}" for key, value in rates.items()) + " T/s",
         "power modes": ", ".join(
-            mode.name + (f" ({mode.watts} W)" if mode.watts else "") for mode in target.power_modes
+            mode.name + (f" ({mode.watts} W)" if mode.watts and mode.name != f"{mode.watts}W" else "")
+            for mode in target.power_modes
         ),
         "TensorRT": str(target.tensorrt),
         "CUDA": str(target.cuda),
@@ -131,7 +131,9 @@ def estimate_command(
     decoder_precision: str | None,
     as_json: bool,
 ) -> None:
-    """Estimate memory and times of a model on a target, without either: rates, shapes and stated assumptions.
+    """Estimate memory and times of a model on a target.
+
+    Neither is needed: the numbers come from peak rates, shapes and stated assumptions.
 
     MODEL is a bundle, a checkpoint directory, OWNER/REPO, or a name; llava-1.5-7b needs neither files nor network.
     """

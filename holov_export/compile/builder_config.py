@@ -34,7 +34,8 @@ def configure(trt: Any, config: Any, plan: CompilePlan, workspace: int, *, detai
         config.clear_flag(trt.BuilderFlag.TF32)
     if plan.network == "fp16-flag":
         config.set_flag(trt.BuilderFlag.FP16)
-        config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+        word = "PREFER" if plan.prefer else "OBEY"
+        config.set_flag(getattr(trt.BuilderFlag, f"{word}_PRECISION_CONSTRAINTS"))
     if (8, 6) <= plan.version < (10,):  # so that contexts of several threads may use one profile; later always so
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
     for field, flag in _FLAGS.items():

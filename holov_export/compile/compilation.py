@@ -54,6 +54,8 @@ class CompileOptions:
         timing_cache: a file instead of the one in the user's cache folder.
         use_timing_cache: read and write the timing cache.
         layer_report: ask the finished engine for its layers and write layers.json.
+        prefer: where TensorRT 8 has no implementation of a layer in the float32 that it is pinned to, let it run in
+            half precision instead of failing. Then compare the kept tokens.
         force: build although the readiness check found errors.
         output: folder in whose sub-folder <target> the engine goes, instead of the bundle's own `engines`.
     """
@@ -72,6 +74,7 @@ class CompileOptions:
     timing_cache: Path | None = None
     use_timing_cache: bool = True
     layer_report: bool = True
+    prefer: bool = False
     force: bool = False
     output: Path | None = None
 
@@ -85,6 +88,7 @@ class CompilePlan(Frozen):
         opset: of the graph as TensorRT gets it. lowered: whether that differs from the bundle's file.
         image_size: H and W of the pictures. tokens: N.
         optimization_level: None where TensorRT has no such setting (8.5).
+        prefer: pins are wishes; see `CompileOptions`.
     """
 
     target: str
@@ -99,6 +103,7 @@ class CompilePlan(Frozen):
     workspace_mb: int
     optimization_level: int | None
     tf32: bool
+    prefer: bool = False
     flags: BuildFlags
 
     @property
@@ -142,6 +147,7 @@ def plan_from_target(plan: ExportPlan, target: EngineTarget, options: CompileOpt
         workspace_mb=options.workspace_mb or target.workspace_mb,
         optimization_level=level if has_levels else None,
         tf32=options.tf32,
+        prefer=options.prefer,
         flags=flags,
     )
 

@@ -264,7 +264,7 @@ def _record(bundle: Bundle, plan: CompilePlan, gpu: Gpu, work: Path, seconds: fl
             gpu=gpu.name,
             sm=gpu.sm,
             system=system_name(),
-            network=plan.network,
+            network="fp16-flag, pins preferred" if plan.network == "fp16-flag" and plan.prefer else plan.network,
             version_compatible=plan.flags.version_compatible,
             hardware_compatibility=plan.flags.hardware_compatibility,
             weight_streaming=plan.flags.weight_streaming,

@@ -8,7 +8,10 @@ fail rather than ignore a pin. This includes integer nodes: TensorRT 8 casts the
 How layers are traced: onnx-tensorrt 8.6 names the last tensors of a node after its ONNX outputs and its main layer
 after the node; helper layers, made before them, carry neither name and belong to the next layer that does.
 Source: onnx/onnx-tensorrt ModelImporter.cpp and ImporterContext.cpp@8.6-GA.
-Constants are left alone: they keep the type of their weights.
+Float32 constants are pinned like the layer that reads them: TensorRT 8 may halve them too, and a halved constant that
+is fused with a pinned shuffle may be a contradiction that the builder cannot obey.
+Source: NvInfer.h 8.6, IConstantLayer::setWeights; github.com/NVIDIA/TensorRT issues 2838 and 3224.
+Outputs whose type the parser set are left alone: so it says that a Range counts integers.
 
 None of this has run on a GPU yet, only against the stand-in of the tests.
 """
@@ -26,8 +29,9 @@ from holov_export.extras import require
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
-#: layers that compute no floats of their own
-_NEVER = ("CONSTANT", "SHAPE")
+#: layers that hold no floats
+_NEVER = ("SHAPE",)
+_CONSTANT = "CONSTANT"
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,15 @@ def pin_float32(trt: Any, network: Any, model: ModelProto) -> Pins:
         EngineError: the graph has float32 nodes and none was found: the selection would run in half precision.
     """
     owners = _owners(model)
-    pinned = outputs = free = 0
+    pinned = outputs = free = computing = 0
     for layer, node in _traced(network, owners):
         if node is not None and touches_half(node, owners.types):
             free += 1
         elif touched := _pin(trt, layer):
             pinned += 1
             outputs += touched - 1
-    if not pinned and float32_nodes(model, owners.types):
+            computing += layer.type.name != _CONSTANT
+    if not computing and float32_nodes(model, owners.types):
         raise EngineError(
             "no layer of the network could be traced to a float32 node of the graph, so the selection would run in "
             "half precision.",
@@ -141,13 +146,18 @@ def _owner(layer: Any, owners: _Owners) -> NodeProto | None:
 
 def _pin(trt: Any, layer: Any) -> int:
     """Pin a layer if it computes floats. Returns 0 if it does not, else 1 + the number of pinned outputs."""
-    floats = (trt.DataType.FLOAT, trt.DataType.HALF)
     if layer.type.name in _NEVER:
         return 0
-    outputs = {index: tensor for index, tensor in _outputs(layer).items() if tensor.dtype in floats}
-    inputs = (layer.get_input(index) for index in range(layer.num_inputs))
+    single = trt.DataType.FLOAT
+    floats = (single,) if layer.type.name == _CONSTANT else (single, trt.DataType.HALF)
+    outputs = {
+        index: tensor
+        for index, tensor in _outputs(layer).items()
+        if tensor.dtype in floats and not layer.output_type_is_set(index)
+    }
     if any(tensor.is_shape_tensor for tensor in outputs.values()):
         return 0
+    inputs = (layer.get_input(index) for index in range(layer.num_inputs))
     if not outputs and not any(tensor is not None and tensor.dtype in floats for tensor in inputs):
         return 0
     layer.precision = trt.DataType.FLOAT

@@ -90,7 +90,7 @@ def _precision(plan: CompilePlan, pins: LayerPins | None, notes: list[str]) -> l
         return ["--stronglyTyped"] if plan.version < (11,) else []
     if plan.network == "fp32":
         return []
-    arguments = ["--fp16", "--precisionConstraints=obey"]
+    arguments = ["--fp16", f"--precisionConstraints={'prefer' if plan.prefer else 'obey'}"]
     if pins is not None:
         arguments += [f"--layerPrecisions={pins.precisions}", f"--layerOutputTypes={pins.outputs}"]
         notes.append("it pins layers by name only; helper layers that the parser leaves unnamed stay free")

@@ -65,7 +65,8 @@ class GenaiDecoder:
         if provider == "cuda" and not has_cuda:
             raise EnvironmentFaultError(
                 f"this ONNX Runtime GenAI ({self._genai.__version__}) has no CUDA.",
-                hint='Run: pip install "holov-export[gpu]", or choose --provider cpu.',
+                hint='Run: pip uninstall onnxruntime onnxruntime-genai; pip install "holov-export[gpu]". '
+                "Or choose --provider cpu.",
             )
         return "cuda" if has_cuda and provider != "cpu" else "cpu"
 

@@ -28,10 +28,15 @@ def checked_engine(
         IntegrityError: the plan is missing, truncated or changed.
     """
     engine = read_engine(Path(folder)) if folder is not None else _chosen(bundle, gpu, tensorrt, target)
-    hashes = {item.path: item.sha256 for item in bundle.manifest.artifacts}
-    graph, weights = hashes[VISION], hashes.get(_WEIGHTS, "")  # a small graph holds its weights itself
+    graph, weights = graph_hashes(bundle)
     check_engine(engine, gpu, tensorrt, graph_sha256=graph, weights_sha256=weights, full=full)
     return engine
+
+
+def graph_hashes(bundle: Bundle) -> tuple[str, str]:
+    """sha256 of the bundle's graph and of its weights, as engines record them."""
+    hashes = {item.path: item.sha256 for item in bundle.manifest.artifacts}
+    return hashes[VISION], hashes.get(_WEIGHTS, "")  # a small graph holds its weights itself
 
 
 def _chosen(bundle: Bundle, gpu: Gpu, tensorrt: str, target: str | None) -> Engine:

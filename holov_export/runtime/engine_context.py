@@ -178,7 +178,8 @@ class LoadedEngine:
             if dtype not in _NUMPY:
                 raise EngineError(f"the engine's tensor '{name}' has elements of type {dtype}.")
             shape = tuple(int(size) for size in engine.get_tensor_shape(name))
-            on_host = engine.get_tensor_location(name) == host
+            # where it says both, an address in pinned memory serves the host and the device
+            on_host = engine.get_tensor_location(name) == host or bool(engine.is_shape_inference_io(name))
             found.append(EngineTensor(name, np.dtype(_NUMPY[dtype]), dtype == "BF16", shape, on_host))
         return found
 
@@ -257,7 +258,10 @@ class LoadedEngine:
             tensor = self.tensors[name]
             if -1 in tensor.shape and not context.set_input_shape(name, tensor.sized(batch, budget)):
                 raise self._refusal(f"refuses {batch} images at budget {budget}")
-        missing = list(context.infer_shapes())
+        try:
+            missing = list(context.infer_shapes())
+        except RuntimeError as error:  # what the bindings make of a refusal
+            raise self._refusal(f"cannot tell the shapes of {batch} images at budget {budget}") from error
         if missing:
             raise self._refusal(f"does not know the shapes of {', '.join(missing)}")
         for name in OUTPUTS:

@@ -49,7 +49,8 @@ def session_from_bundle(bundle: Bundle, provider: str, threads: int | None) -> A
     if wanted is not None and wanted not in available:
         raise EnvironmentFaultError(
             f"this ONNX Runtime ({ort.__version__}) has no {_NAMES[wanted]}; it has {', '.join(available)}.",
-            hint='Run: pip install "holov-export[gpu]", or choose --provider cpu.',
+            hint='Run: pip uninstall onnxruntime onnxruntime-genai; pip install "holov-export[gpu]". '
+            "Or choose --provider cpu.",
         )
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY

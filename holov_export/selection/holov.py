@@ -17,6 +17,8 @@ from holov_export.spec import CropLayout, HolovOfficialPolicy, HolovPaperPolicy,
 
 #: above every attention value, which is a probability
 _ABOVE = 2.0
+#: as Python's own number: torch.compile makes a tensor of the CPU of one of numpy's
+_EPSILON = float(EPSILON)
 
 
 class OfficialQuotas(nn.Module):
@@ -33,7 +35,7 @@ class OfficialQuotas(nn.Module):
     def forward(self, saliency: Tensor, quota: Tensor) -> Tensor:
         """(float32 [B, N], int64 [B]) -> int64 [B, C], summing to `quota`; may exceed a crop's size."""
         scores = self.table.mean(saliency) * self.factor
-        weights = scores / (scores.sum(-1, keepdim=True) + float(EPSILON))
+        weights = scores / (scores.sum(-1, keepdim=True) + _EPSILON)
         allotted = torch.floor(weights * quota[:, None].float()).long()
         left = quota - allotted.sum(-1)
         return allotted + (ranks(weights) < left[:, None]).long()
@@ -108,7 +110,7 @@ class HolovPaperRule(nn.Module):
     def _holistic(self, saliency: Tensor, features: Tensor) -> Tensor:
         """Equations 1-3: float32 [B, C, M]."""
         rows = self.table.split_rows(features)
-        unit = rows / rows.norm(dim=-1, keepdim=True).clamp_min(float(EPSILON))
+        unit = rows / rows.norm(dim=-1, keepdim=True).clamp_min(_EPSILON)
         longest = self.table.shape[1]
         pairs = self.table.filled[:, :, None] & self.table.filled[:, None, :]
         off_diagonal = pairs & ~torch.eye(longest, dtype=torch.bool, device=rows.device)

@@ -48,10 +48,11 @@ class Contestant:
         return self.info.method == "none"
 
     def info_now(self) -> ContestantInfo:
-        """What a report says of it, with the device memory that it holds by now."""
-        if self.device_bytes is None:
-            return self.info
-        return self.info.model_copy(update={"device_mb": round(self.device_bytes() / 2**20, 1)})
+        """What a report says of it, with the device memory that it holds by now and what its runner had to give up."""
+        found: dict[str, object] = {"engine": self.runner.name}
+        if self.device_bytes is not None:
+            found["device_mb"] = round(self.device_bytes() / 2**20, 1)
+        return self.info.model_copy(update=found)
 
     def budgets(self, asked: Sequence[int]) -> tuple[int, ...]:
         """Budgets to measure it at: those asked for, or the default shares; a plain encoder has one, N.

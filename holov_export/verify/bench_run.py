@@ -85,7 +85,7 @@ class _Run:
         self.tell(name)
         try:
             yield
-        except HolovExportError as error:
+        except (HolovExportError, RuntimeError, ValueError) as error:  # the latter two are what bindings raise
             self.failures.append(Failure(step=name, reason=str(error)))
 
 

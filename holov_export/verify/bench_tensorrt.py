@@ -6,7 +6,8 @@ import ctypes
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from holov_export.verify.bench import OnDevice
 from holov_export.verify.bench_engines import Contestant, contestant_info
 from holov_export.verify.bench_results import SelectionShare
 from holov_export.verify.bench_selection import tensorrt_selection_share
+
+if TYPE_CHECKING:
+    from holov_export.compile.compilation import CompileOptions
 
 Tell = Callable[[str], None]
 
@@ -83,13 +87,18 @@ def _target_of(engine: Engine) -> EngineTarget | None:
 
 
 def engine_for_comparison(
-    baseline: Bundle, like: Bundle, target: EngineTarget | None, *, level: int | None = None, tell: Tell
+    baseline: Bundle,
+    like: Bundle,
+    target: EngineTarget | None,
+    options: CompileOptions | None = None,
+    *,
+    tell: Tell,
 ) -> Engine:
     """Build the engine of a baseline as that of `like` was built: the same target, settings and batches.
 
     A plain encoder runs at K = N only, so its profiles are tuned for that; the others keep the profiles.
 
-    `level` is the optimisation level, None for the target's.
+    `options` are those of `like`; their profiles are not used.
 
     Raises:
         EngineError: `like` has no engine for the target, or the build fails. HardwareError: see `engine_from_bundle`.
@@ -107,7 +116,8 @@ def engine_for_comparison(
     plan = baseline.manifest.plan
     profiles = profile_texts(found.record, only=plan.model.vision.tokens if plan.policy.method == "none" else None)
     chosen = target or target_from_name(found.record.target)
-    return engine_from_bundle(baseline, chosen, CompileOptions(profiles=profiles, optimization_level=level), tell=tell)
+    made = replace(options or CompileOptions(), profiles=profiles, batch=None, budget=None)
+    return engine_from_bundle(baseline, chosen, made, tell=tell)
 
 
 def profile_texts(record: EngineRecord, *, only: int | None) -> tuple[str, ...]:

@@ -85,6 +85,8 @@ def _engine_rows(engines: Json) -> list[tuple[str, dict[int, float]]]:
             continue
         what = "plain" if info["method"] == "none" else info["method"]
         graphs = ", without CUDA graphs" if info["label"].endswith("no CUDA graphs") else ""
+        if not graphs and info["engine"].endswith("no CUDA graphs"):  # the runner gave up; see its warning
+            graphs = ", no CUDA graph could be made"
         title = f"TensorRT {_version(engines)}, {what} {info['precision']}, K={case['budget']}{graphs}"
         rows.setdefault(title, {})[case["batch"]] = case["gpu"]["p50"]
     return sorted(rows.items(), key=lambda row: ("without" in row[0], "uniform" in row[0]))

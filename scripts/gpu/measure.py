@@ -68,6 +68,10 @@ def main() -> int:
     parser.add_argument("--callers", type=numbers, default=(1, 2, 4, 8, 16, 32), help="threads (1,2,4,8,16,32)")
     parser.add_argument("--seconds", type=float, default=1.5, help="of interleaved rounds for each case (1.5)")
     parser.add_argument("--level", type=int, help="TensorRT's builder optimisation level instead of the target's")
+    parser.add_argument(
+        "--profile", action="append", default=[], help="batch=1:16:32,budget=1:64:576 instead of the target's; repeat"
+    )
+    parser.add_argument("--prefer", action="store_true", help="TensorRT 8 may ignore a pin instead of failing")
     parser.add_argument("--keep", action="store_true", help="use engines that are there already")
     parser.add_argument("--memory", default="auto", help="cuda-python, torch or auto (auto)")
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
@@ -77,7 +81,7 @@ def main() -> int:
     if options.build_like is not None:  # the child of `build_in_child`
         bundle, like = (open_bundle(folder, verify="size") for folder in (options.bundles[0], options.build_like))
         try:
-            build_here(bundle, like, target_from_name(options.target), options.level, partial(print, file=sys.stderr))
+            build_here(bundle, like, target_from_name(options.target), options, partial(print, file=sys.stderr))
         except HolovExportError as error:
             print(error, file=sys.stderr)
             return error.exit_code
@@ -129,7 +133,7 @@ def build(steps: Steps, bundle: Bundle, like: Bundle, target: EngineTarget, opti
     messages: list[str] = []
     if not (options.keep and (folder / RECORD).is_file()):
         if options.here:
-            build_here(bundle, like, target, options.level, messages.append)
+            build_here(bundle, like, target, options, messages.append)
         else:
             reserve = 0.0 if bundle.folder == like.folder else RESERVED_SECONDS
             messages = build_in_child(bundle, like, options, steps.seconds_left - reserve)
@@ -143,20 +147,27 @@ def build(steps: Steps, bundle: Bundle, like: Bundle, target: EngineTarget, opti
 
 
 def build_here(
-    bundle: Bundle, like: Bundle, target: EngineTarget, level: int | None, tell: Callable[[str], None]
+    bundle: Bundle, like: Bundle, target: EngineTarget, options: argparse.Namespace, tell: Callable[[str], None]
 ) -> None:
     """Build with the target's settings; a baseline as the bundle that it is compared with."""
+    asked = CompileOptions(optimization_level=options.level, profiles=tuple(options.profile), prefer=options.prefer)
     if bundle.folder == like.folder or bundle.manifest.plan.policy.method not in BLIND:
-        engine_from_bundle(bundle, target, CompileOptions(optimization_level=level), tell=tell)
+        engine_from_bundle(bundle, target, asked, tell=tell)
     else:
-        engine_for_comparison(bundle, like, target, level=level, tell=tell)
+        engine_for_comparison(bundle, like, target, asked, tell=tell)
 
 
 def build_in_child(bundle: Bundle, like: Bundle, options: argparse.Namespace, seconds: float) -> list[str]:
     """The same in a process of its own, for so many seconds at most. Returns what it said."""
     line = [sys.executable, __file__, str(bundle.folder), "--build-like", str(like.folder), "--target", options.target]
     line += ["--json", str(options.json)] + (["--level", str(options.level)] if options.level is not None else [])
-    ended = subprocess.run(line, capture_output=True, text=True, timeout=max(1.0, seconds), check=False)
+    line += [word for profile in options.profile for word in ("--profile", profile)]
+    line += ["--prefer"] if options.prefer else []
+    try:
+        ended = subprocess.run(line, capture_output=True, text=True, timeout=max(1.0, seconds), check=False)
+    except subprocess.TimeoutExpired as error:
+        said = (error.stderr or b"").decode(errors="replace").strip().splitlines()
+        raise RuntimeError(f"the build was ended after {seconds:.0f} s; last: {' | '.join(said[-3:])}") from None
     said = ended.stderr.strip().splitlines()
     if ended.returncode:
         raise RuntimeError(f"the build ended with {ended.returncode}: {' | '.join(said[-6:])}")

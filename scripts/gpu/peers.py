@@ -10,7 +10,7 @@ In this order, so that what matters most is there when time runs out:
     encoders    B = 1, 4, 16: the official way (eager attention with every map, the published loop), the plain encoder
                 with fused attention, ours; the latter two through torch.compile with CUDA graphs as well
     language    a LLaMA-7B-shaped model with random fp16 weights: prefill of the text and 576, 192 or 64 visual tokens,
-                32 decoding steps, bytes of the KV cache
+                32 decoding steps, bytes of the KV cache; at the first batch after its encoders, at the others last
 
 Times of the GPU are between two events around the work, its inputs on the device already. Ways are timed in interleaved
 rounds after a warm-up until steady. A step that fails is noted in the file and the others go on.
@@ -368,15 +368,22 @@ def peers(steps: Steps, sizes: Sizes, options: argparse.Namespace) -> None:
     if encoders is not None:
         steps.run("check ours against the plain encoder", partial(check_ours, steps, encoders, budgets[0]))
     model: Any = None
-    for number, batch in enumerate(options.batches):
-        if encoders is not None:
-            action = partial(encode, steps, encoders, batch, budgets, modes, options.rounds)
-            steps.run(f"encoders B={batch}", action, needs=20)
-        if not options.no_language and number == 0:
-            model = steps.run("make the language model", partial(language_model, sizes), needs=30)
+
+    def language(batch: int) -> None:
         if model is not None:
             rounds = max(3, options.rounds // 5)
             steps.run(f"language B={batch}", partial(speak, steps, sizes, model, batch, rounds), needs=20)
+
+    first, *others = options.batches
+    for batch in options.batches:
+        if encoders is not None:
+            action = partial(encode, steps, encoders, batch, budgets, modes, options.rounds)
+            steps.run(f"encoders B={batch}", action, needs=20)
+        if not options.no_language and batch == first:
+            model = steps.run("make the language model", partial(language_model, sizes), needs=30)
+            language(batch)
+    for batch in others:
+        language(batch)
 
 
 if __name__ == "__main__":

@@ -161,9 +161,9 @@ def test_no_gpu_comes_before_no_tensorrt() -> None:
 def test_no_tensorrt_names_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    with tensorrt_standin.installed("10.3.0", gpu=FakeGpu()):
-        monkeypatch.delitem(sys.modules, "tensorrt")
-        monkeypatch.setattr(sys, "path", [])
+    with tensorrt_standin.installed("10.3.0", gpu=FakeGpu()), monkeypatch.context() as gone:
+        gone.delitem(sys.modules, "tensorrt")
+        gone.setattr(sys, "path", [])
         with pytest.raises(MissingExtraError) as caught:
             this_machine()
     assert "holov-export[tensorrt]" in caught.value.hint

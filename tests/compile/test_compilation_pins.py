@@ -77,6 +77,9 @@ class FakeLayer:
     def get_output(self, index: int) -> Tensor:
         return self.outputs[index]
 
+    def output_type_is_set(self, index: int) -> bool:
+        return index in self.output_types
+
     def set_output_type(self, index: int, dtype: Kind) -> None:
         self.output_types[index] = dtype
 
@@ -126,7 +129,7 @@ def test_helper_layers_share_the_fate_of_their_node(model: onnx.ModelProto) -> N
     pins = pin_float32(TRT, network, model)
     wanted = {node.name for node in float32_nodes(model, element_types(model))}
     for constant, before, main in zip(*[iter(network.layers)] * 3, strict=True):
-        assert constant.precision is None
+        assert (constant.precision is Kind.FLOAT) == (main.name in wanted and constant.outputs[0].dtype is Kind.FLOAT)
         if main.name in wanted:
             assert main.precision is Kind.FLOAT, main.name
             if before.outputs[0].dtype in (Kind.FLOAT, Kind.HALF):
@@ -171,6 +174,32 @@ def test_floats_of_an_integer_node_are_pinned() -> None:
     pin_float32(TRT, FakeNetwork([cast, main]), model)
     assert cast.precision is Kind.FLOAT
     assert main.output_types == {0: Kind.FLOAT}
+
+
+def test_a_constant_is_pinned_with_the_shuffle_that_spreads_it() -> None:
+    """TensorRT fuses the two; halves of which one is pinned contradict each other (NVIDIA/TensorRT issue 2838)."""
+    model = _model(
+        [helper.make_node("Add", ["x", "x"], ["y"], name="add")], [("x", TensorProto.FLOAT)], [("y", TensorProto.FLOAT)]
+    )
+    constant = FakeLayer("epsilon", Layer.CONSTANT, [], [Tensor("e", Kind.FLOAT)])
+    integers = FakeLayer("places", Layer.CONSTANT, [], [Tensor("p", Kind.INT32)])
+    halves = FakeLayer("halves", Layer.CONSTANT, [], [Tensor("h", Kind.HALF)])
+    main = FakeLayer("add", Layer.ELEMENTWISE, [Tensor("x", Kind.FLOAT)], [Tensor("y", Kind.FLOAT)])
+    pin_float32(TRT, FakeNetwork([constant, helper_layer(1, Kind.FLOAT), integers, halves, main]), model)
+    assert (constant.precision, constant.output_types) == (Kind.FLOAT, {0: Kind.FLOAT})
+    assert (integers.precision, halves.precision) == (None, None)
+
+
+def test_a_type_that_the_parser_set_stays() -> None:
+    """It sets the output of a Range to int32, and the tensor may be a float one to TensorRT until the build."""
+    model = _model(
+        [helper.make_node("Add", ["x", "x"], ["y"], name="add")], [("x", TensorProto.FLOAT)], [("y", TensorProto.FLOAT)]
+    )
+    count = FakeLayer("range", Layer.ELEMENTWISE, [Tensor("size", Kind.INT32)], [Tensor("r", Kind.FLOAT)])
+    count.set_output_type(0, Kind.INT32)
+    main = FakeLayer("add", Layer.ELEMENTWISE, [Tensor("x", Kind.FLOAT)], [Tensor("y", Kind.FLOAT)])
+    pin_float32(TRT, FakeNetwork([count, main]), model)
+    assert (count.precision, count.output_types) == (None, {0: Kind.INT32})
 
 
 def test_what_computes_shapes_is_left_alone() -> None:

@@ -96,6 +96,15 @@ def test_precision_is_given_as_the_version_wants_it(version: str, precision: Pre
     assert engine.record.opset == (17 if version in FLAGGED else 18)
 
 
+def test_pins_may_be_wishes(bundles: Bundles) -> None:
+    with tensorrt_standin.installed("8.6.0", gpu=FakeGpu()):
+        engine = engine_from_bundle(bundles(Precision.FP16), TARGET, CompileOptions(prefer=True))
+        build = last_build()
+    assert engine.record.built_with.network == "fp16-flag, pins preferred"
+    assert "PREFER_PRECISION_CONSTRAINTS" in build.flags and "OBEY_PRECISION_CONSTRAINTS" not in build.flags
+    assert build.pinned
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_profiles_reach_tensorrt(version: str, bundles: Bundles) -> None:
     options = CompileOptions(profiles=("batch=1,budget=1:7:64", "batch=1:2:4,budget=7"))
@@ -228,7 +237,9 @@ def test_the_selection_is_pinned_and_the_tower_is_not(bundles: Bundles) -> None:
         engine_from_bundle(bundle, TARGET, tell=heard.append)
         pinned = last_build().pinned
     assert {precision for precision, _ in pinned.values()} == {"FLOAT"}
-    operators = {node.name: node.op_type for node in onnx.load(str(bundle.vision), load_external_data=False).graph.node}
+    graph = onnx.load(str(bundle.vision), load_external_data=False).graph
+    operators = {node.name: node.op_type for node in graph.node}
+    operators |= {tensor.name: "Constant" for tensor in graph.initializer}
     assert [operators[name] for name in pinned].count("Softmax") == 1  # that of the CLS row
     assert [operators[name] for name in pinned].count("TopK") == 2
     assert not any(word in name for name in pinned for word in ("mlp", "layer_norm", "projector", "embeddings"))

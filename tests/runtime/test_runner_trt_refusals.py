@@ -107,8 +107,8 @@ def flipped(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (truncated, r"vision\.engine has \d+ bytes, its record says \d+"),
-        (flipped, r"vision\.engine differs from its sha256"),
+        (truncated, r"vision\.engine of '.+' has \d+ bytes, its record says \d+"),
+        (flipped, r"vision\.engine of '.+' differs from its sha256"),
         (Path.unlink, r"vision\.engine is missing"),
     ],
 )
@@ -165,7 +165,10 @@ def test_an_engine_of_another_graph(
 
 def test_a_record_that_does_not_parse(bundle: Bundle) -> None:
     (bundle.folder / ENGINES / "h200" / RECORD).write_text('{"schema_version": 1}')
-    with tensorrt_standin.installed(VERSION, gpu=H200), pytest.raises(IntegrityError, match=r"engine\.json does not"):
+    with (
+        tensorrt_standin.installed(VERSION, gpu=H200),
+        pytest.raises(IntegrityError, match=r"engine\.json' does not parse: target: "),
+    ):
         TrtRunner(bundle)
 
 
@@ -251,6 +254,31 @@ def test_a_plan_that_is_not_its_record(bundle: Bundle, change: Callable[[Any], N
         with pytest.raises(EngineError, match=message):
             TrtRunner(bundle)
         assert tensorrt_standin.current().leaked() == []
+
+
+def test_a_budget_that_tensorrt_wants_as_a_value_and_as_data(
+    foundry: Foundry, exported_bundle: Bundle, llava_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may then say that the tensor is on the device; pinned memory serves both."""
+    bundle = foundry.bundle_with_engine(exported_bundle.folder, "8.6.0")
+    with tensorrt_standin.installed("8.6.0", gpu=H200):
+        world = tensorrt_standin.current()
+        kind = world.classes["ICudaEngine"]
+        monkeypatch.setattr(kind, "get_tensor_location", lambda self, name: world.enum("TensorLocation", "DEVICE"))
+        with TrtRunner(bundle) as runner:
+            assert runner.run(pixels_for(llava_spec, 1), 7).counts.tolist() == [7]
+
+
+def test_shapes_that_tensorrt_refuses_by_raising(
+    bundle: Bundle, llava_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Any) -> list[str]:
+        raise RuntimeError("infer_shapes error code: -1")  # what the bindings of 8.6 do
+
+    with tensorrt_standin.installed(VERSION, gpu=H200), TrtRunner(bundle) as runner:
+        monkeypatch.setattr(tensorrt_standin.current().classes["IExecutionContext"], "infer_shapes", refuse)
+        with pytest.raises(EngineError, match="cannot tell the shapes of 1 images at budget 7"):
+            runner.run(pixels_for(llava_spec, 1), 7)
 
 
 def test_an_engine_of_tensorrt_8_without_profile_sharing(

@@ -40,7 +40,7 @@ from holov_export.verify.bench_report import (
     tables_of,
     write_report,
 )
-from holov_export.verify.bench_results import BenchReport
+from holov_export.verify.bench_results import BenchReport, SelectionShare
 from holov_export.verify.bench_run import BenchRequest, bench, pixels_of
 from holov_export.verify.bench_tensorrt import (
     LayerProfiler,
@@ -177,6 +177,17 @@ class TestRun:
         assert {case.contestant for case in found.cases} == {"pruned"}
         assert [failure.step for failure in found.failures] == [f"warm up: plain, B={b}, K={N}" for b in (1, 3)]
         assert found.failures[0].reason == "no profile holds it."
+
+    @pytest.mark.parametrize("error", [RuntimeError("infer_shapes error code: -1"), ValueError("no time")])
+    def test_what_bindings_raise_does_not_lose_the_others(
+        self, contestants: list[Contestant], error: Exception
+    ) -> None:
+        def fail(pixels: PixelBatch, budget: int, runs: int) -> SelectionShare:
+            raise error
+
+        found = bench([replace(contestants[0], selection_share=fail)], replace(QUICK, profile=True), command="")
+        assert found.cases and all(case.selection is None for case in found.cases)
+        assert {failure.reason for failure in found.failures} == {str(error)}
 
     def test_nothing_that_runs_is_an_error_with_the_first_reason(self, contestants: list[Contestant]) -> None:
         def fail(pixels: PixelBatch, budget: int) -> OnDevice | None:
