@@ -170,8 +170,9 @@ def encoder_table() -> str:
     more = (
         "How much the official way loses depends on how fast torch multiplies matrices: with MKL told to use its "
         f"AVX-512 kernels on that processor the first row is {wide['1']['ratios'][first.format(64)]:.2f} (B=1) and "
-        f"{wide['4']['ratios'][first.format(64)]:.2f} (B=4) at K=64; on an {intel['machine']['cpu']}, where it does so by "
-        f"itself, {intel['batches']['1']['ratios'][first.format(64)]:.2f} (B=1). A longer run of ONNX Runtime alone gave "
+        f"{wide['4']['ratios'][first.format(64)]:.2f} (B=4) at K=64; on an {intel['machine']['cpu']}, where it does so "
+        f"by itself, {intel['batches']['1']['ratios'][first.format(64)]:.2f} (B=1). A longer run of ONNX Runtime alone "
+        "gave "
         f"{alone['1']['ratios'][second.format(64)]:.3f} and {alone['4']['ratios'][second.format(64)]:.3f} in the "
         "second row at K=64; the runs scatter by some percent."
     )
