@@ -21,7 +21,8 @@ from pydantic import Field, ValidationError
 
 from holov_export import storage
 from holov_export.errors import BundleError, IntegrityError, StorageError
-from holov_export.spec import ExportPlan, Frozen
+from holov_export.policies import Frozen
+from holov_export.spec import ExportPlan
 from holov_export.storage import FolderKind, sha256_of
 
 #: of manifest.json; 2 since the plan holds the decoder's sizes

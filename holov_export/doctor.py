@@ -10,7 +10,7 @@ from typing import Literal
 from holov_export import __version__
 from holov_export.extras import EXTRA_OF_MODULE, is_installed, needs_newer_python, require
 from holov_export.gpu import NoGpu, probe
-from holov_export.spec import Frozen
+from holov_export.policies import Frozen
 
 #: import name -> names it may be distributed under
 _DISTRIBUTIONS = {

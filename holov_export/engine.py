@@ -20,7 +20,8 @@ from pydantic import Field, ValidationError
 from holov_export import storage
 from holov_export.errors import BundleError, EngineError, IntegrityError
 from holov_export.gpu import Gpu
-from holov_export.spec import Frozen, Precision
+from holov_export.policies import Frozen
+from holov_export.spec import Precision
 from holov_export.storage import FolderKind, sha256_of
 from holov_export.versions import version_from_text
 

@@ -36,14 +36,8 @@ from holov_export.compile.readiness import ReadinessReport, readiness_of_bundle
 from holov_export.engine import Engine
 from holov_export.errors import BundleError, CheckpointError, ParityError
 from holov_export.extras import is_installed, require
-from holov_export.spec import (
-    OPSETS,
-    CheckpointSource,
-    DecoderPrecision,
-    ExportPlan,
-    Precision,
-    SelectionPolicy,
-)
+from holov_export.policies import SelectionPolicy
+from holov_export.spec import OPSETS, CheckpointSource, DecoderPrecision, ExportPlan, Precision
 from holov_export.targets import EngineTarget
 from holov_export.verify.answers import compare_decoder
 from holov_export.verify.parity import ParityReport

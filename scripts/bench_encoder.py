@@ -59,16 +59,8 @@ from torch import Tensor, nn  # noqa: E402
 from holov_export.export.onnx_from_graph import onnx_from_graph, save_vision  # noqa: E402
 from holov_export.export.passes import clean  # noqa: E402
 from holov_export.export.translations import translation_table  # noqa: E402
-from holov_export.spec import (  # noqa: E402
-    CheckpointSource,
-    ExportPlan,
-    HolovOfficialPolicy,
-    HolovPolicy,
-    ModelSpec,
-    NoSelection,
-    Precision,
-    SelectionPolicy,
-)
+from holov_export.policies import HolovOfficialPolicy, HolovPolicy, NoSelection, SelectionPolicy  # noqa: E402
+from holov_export.spec import CheckpointSource, ExportPlan, ModelSpec, Precision  # noqa: E402
 from holov_export.verify.operations import encoder_operations, operations_of  # noqa: E402
 from holov_export.vision.clip import LlavaVision, vision_from_checkpoint  # noqa: E402
 from holov_export.vision.plain import PlainVision  # noqa: E402

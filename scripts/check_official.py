@@ -30,10 +30,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from holov_export.policies import CropLayout, HolovOfficialPolicy
 from holov_export.selection.geometry import crops_of_grid
 from holov_export.selection.reference import positions_of
 from holov_export.selection.registry import rule_from_policy
-from holov_export.spec import CropLayout, HolovOfficialPolicy
 
 TIE = 1e-5
 TIES = {"floor tie", "rank tie", "attention"}

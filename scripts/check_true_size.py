@@ -37,7 +37,8 @@ def export_here(folder: Path, out: Path, precision: str) -> None:
     """The module route, in this process; prints what it read and how long each step took, as JSON."""
     from holov_export.export.checkpoint import spec_from_checkpoint
     from holov_export.export.onnx_from_graph import onnx_from_graph, save_vision
-    from holov_export.spec import OPSETS, CheckpointSource, ExportPlan, HolovPolicy, Precision
+    from holov_export.policies import HolovPolicy
+    from holov_export.spec import OPSETS, CheckpointSource, ExportPlan, Precision
     from holov_export.vision.clip import vision_from_checkpoint
     from holov_export.vision.weights import SafetensorsReader
 

@@ -28,7 +28,8 @@ from machine import write_result
 
 from holov_export import Session
 from holov_export.pipeline import ExportRequest, export_bundle
-from holov_export.spec import DecoderPrecision, Precision, policy_from_settings
+from holov_export.policies import policy_from_settings
+from holov_export.spec import DecoderPrecision, Precision
 from holov_export.tensors import SamplingSettings
 
 GREEDY = SamplingSettings(max_new_tokens=16)

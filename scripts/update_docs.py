@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from holov_export.cli import cli
-from holov_export.spec import POLICIES, FeatureSource
+from holov_export.policies import POLICIES, FeatureSource
 from holov_export.targets import target_schema_text
 from holov_export.verify.bench_report import markdown_table, remarks_of, report_from_file, tables_of
 

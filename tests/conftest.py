@@ -20,7 +20,8 @@ from holov_export.bundle import Bundle
 from holov_export.export.checkpoint import spec_from_checkpoint
 from holov_export.export.decoder_onnx import decoder_from_checkpoint
 from holov_export.pipeline import ExportRequest, export_bundle
-from holov_export.spec import DecoderPrecision, HolovPolicy, ModelSpec, Precision
+from holov_export.policies import HolovPolicy
+from holov_export.spec import DecoderPrecision, ModelSpec, Precision
 
 
 @pytest.fixture(autouse=True)

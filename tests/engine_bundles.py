@@ -16,8 +16,9 @@ from holov_export.bundle import (
     provenance,
     write_manifest,
 )
+from holov_export.policies import policy_from_settings
 from holov_export.signature import vision_signature
-from holov_export.spec import OPSETS, CheckpointSource, ExportPlan, ModelSpec, Precision, policy_from_settings
+from holov_export.spec import OPSETS, CheckpointSource, ExportPlan, ModelSpec, Precision
 
 
 def bundle_around(graph: Path, folder: Path, model: ModelSpec, precision: Precision, method: str = "holov") -> Bundle:

@@ -30,12 +30,12 @@ from holov_export.bundle import (
     write_manifest,
 )
 from holov_export.errors import BundleError, IntegrityError, StorageError
+from holov_export.policies import HolovPolicy
 from holov_export.spec import (
     CheckpointSource,
     DecoderPrecision,
     DecoderSpec,
     ExportPlan,
-    HolovPolicy,
     ImageSpec,
     ModelSpec,
     Precision,

@@ -19,7 +19,7 @@ from holov_export import catalog
 from holov_export.bundle import Bundle, open_bundle
 from holov_export.cli import cli, run
 from holov_export.cli.console import progress
-from holov_export.spec import POLICIES
+from holov_export.policies import POLICIES
 
 
 @pytest.fixture(scope="module")

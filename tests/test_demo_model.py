@@ -12,7 +12,8 @@ import pytest
 from holov_export import Session
 from holov_export.assets import data_folder
 from holov_export.pipeline import ExportRequest, export_bundle
-from holov_export.spec import DecoderPrecision, HolovPolicy, Precision
+from holov_export.policies import HolovPolicy
+from holov_export.spec import DecoderPrecision, Precision
 from holov_export.tensors import SamplingSettings
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"

@@ -14,8 +14,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from holov_export import Session
 from holov_export.pipeline import ExportRequest, export_bundle
+from holov_export.policies import HolovPolicy
 from holov_export.selection.reference import positions_of
-from holov_export.spec import DecoderPrecision, HolovPolicy, Precision
+from holov_export.spec import DecoderPrecision, Precision
 from holov_export.tensors import SamplingSettings
 
 PROMPTS = ("what is shown in this picture?", "how many digits are there? answer in one word.")

@@ -19,15 +19,8 @@ from holov_export.estimate.report import Estimate, estimate
 from holov_export.estimate.roofline import SHARES, Machine, Shares, format_of
 from holov_export.estimate.shapes import ModelShape, VisionShape, shape_from_name, shape_from_spec, shape_names
 from holov_export.estimate.stages import STEP_KERNELS, prefill_seconds, step_seconds, vision_seconds
-from holov_export.spec import (
-    DecoderPrecision,
-    HolovPaperPolicy,
-    HolovPolicy,
-    ModelSpec,
-    NoSelection,
-    ScopePolicy,
-    SelectionPolicy,
-)
+from holov_export.policies import HolovPaperPolicy, HolovPolicy, NoSelection, ScopePolicy, SelectionPolicy
+from holov_export.spec import DecoderPrecision, ModelSpec
 from holov_export.targets import EngineTarget, target_from_name
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,7 +18,8 @@ from holov_export.bundle import open_bundle
 from holov_export.catalog import Checkpoint, ModelReference
 from holov_export.errors import BundleError, CheckpointError, ParityError, StorageError, UnsupportedModelError
 from holov_export.pipeline import ExportRequest, export_bundle
-from holov_export.spec import ClsTopkPolicy, HolovPaperPolicy, HolovPolicy, Precision, ScopePolicy, SelectionPolicy
+from holov_export.policies import ClsTopkPolicy, HolovPaperPolicy, HolovPolicy, ScopePolicy, SelectionPolicy
+from holov_export.spec import Precision
 from holov_export.verify.parity import TOLERANCES
 
 HOLOV = HolovPolicy()
@@ -162,7 +163,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from holov_export import pipeline, storage
-from holov_export.spec import ClsTopkPolicy, Precision
+from holov_export.policies import (ClsTopkPolicy)
+from holov_export.spec import (Precision)
 
 def dies(module, name, after):
     original = getattr(module, name)

@@ -8,21 +8,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from test_bundle import plan
 
-from holov_export.signature import INPUTS, OUTPUTS, vision_signature
-from holov_export.spec import (
-    OPSETS,
+from holov_export.policies import (
     POLICIES,
-    CheckpointSource,
     CropLayout,
-    DecoderPrecision,
-    ExportPlan,
     FeatureSource,
     HolovPaperPolicy,
     HolovPolicy,
-    Precision,
-    VisionSpec,
     policy_from_settings,
 )
+from holov_export.signature import INPUTS, OUTPUTS, vision_signature
+from holov_export.spec import OPSETS, CheckpointSource, DecoderPrecision, ExportPlan, Precision, VisionSpec
 
 VISION = plan().model.vision
 

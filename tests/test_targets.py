@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holov_export.errors import StorageError, UnknownNameError, UsageError
-from holov_export.spec import Frozen
+from holov_export.policies import Frozen
 from holov_export.targets import (
     BuildFlags,
     EngineTarget,

@@ -24,8 +24,9 @@ from holov_export.bundle import (
     provenance,
     write_manifest,
 )
+from holov_export.policies import HolovPolicy
 from holov_export.signature import TensorSpec, vision_signature
-from holov_export.spec import CheckpointSource, DecoderPrecision, ExportPlan, HolovPolicy, ModelSpec, Precision
+from holov_export.spec import CheckpointSource, DecoderPrecision, ExportPlan, ModelSpec, Precision
 from holov_export.tensors import SamplingSettings, StitchedPrompt
 
 _TYPES = {

@@ -23,12 +23,12 @@ from holov_export.cli.options import (
 )
 from holov_export.errors import StorageError
 from holov_export.pipeline import checkpoint_of
+from holov_export.policies import POLICIES
 from holov_export.runtime.decoder import check_sampling
 from holov_export.runtime.preprocess import image_from
 from holov_export.runtime.runner import chosen_budget, quota_array
 from holov_export.runtime.runner_choice import runner_from_bundle
 from holov_export.runtime.session import Session
-from holov_export.spec import POLICIES
 from holov_export.tensors import Generation, SamplingSettings
 from holov_export.verify.picture import panels_from_bundle, picture_of_panels
 

@@ -17,7 +17,8 @@ from holov_export.compile.preview import previews
 from holov_export.engine import Engine
 from holov_export.errors import UsageError
 from holov_export.pipeline import ExportRequest, export_and_compile, export_bundle, plan_from_request, readiness_report
-from holov_export.spec import POLICIES, DecoderPrecision, ExportPlan, Precision, SelectionPolicy, policy_from_settings
+from holov_export.policies import POLICIES, SelectionPolicy, policy_from_settings
+from holov_export.spec import DecoderPrecision, ExportPlan, Precision
 from holov_export.targets import EngineTarget
 from holov_export.verify.parity import ParityReport
 

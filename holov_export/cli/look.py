@@ -17,8 +17,8 @@ from holov_export.doctor import examine
 from holov_export.engine import Engine, check_graph, check_plan, engines_in
 from holov_export.errors import EngineError, HolovExportError, ImageError, IntegrityError
 from holov_export.pipeline import checkpoint_of, refuse_if_failed, verify_bundle
+from holov_export.policies import POLICIES, FeatureSource
 from holov_export.runtime.engine_choice import graph_hashes
-from holov_export.spec import POLICIES, FeatureSource
 from holov_export.verify.pictures import default_pictures
 
 

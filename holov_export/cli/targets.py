@@ -15,7 +15,8 @@ from holov_export.cli.options import json_option
 from holov_export.estimate.report import BudgetRow, Estimate, estimate
 from holov_export.estimate.shapes import ModelShape, shape_from_name, shape_from_spec, shape_names
 from holov_export.export.checkpoint import spec_from_checkpoint
-from holov_export.spec import DecoderPrecision, HolovPolicy
+from holov_export.policies import HolovPolicy
+from holov_export.spec import DecoderPrecision
 from holov_export.targets import EngineTarget, TargetPrecision, list_targets, target_from_name
 
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")

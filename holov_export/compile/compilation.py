@@ -19,7 +19,8 @@ from holov_export.compile.lowering import OPSET_OF_TENSORRT_8
 from holov_export.compile.profile import profiles_from_target
 from holov_export.engine import ShapeProfile
 from holov_export.errors import EngineError
-from holov_export.spec import ExportPlan, Frozen, Precision
+from holov_export.policies import Frozen
+from holov_export.spec import ExportPlan, Precision
 from holov_export.targets import BuildFlags, EngineTarget
 from holov_export.versions import version_from_text
 

@@ -20,7 +20,7 @@ from holov_export.compile.shape_checks import SHAPE_CHECKS
 from holov_export.compile.type_checks import TYPE_CHECKS
 from holov_export.errors import UsageError
 from holov_export.extras import require
-from holov_export.spec import Frozen
+from holov_export.policies import Frozen
 
 if TYPE_CHECKING:
     from onnx import ModelProto

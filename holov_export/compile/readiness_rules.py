@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from holov_export.assets import data_folder
 from holov_export.errors import EnvironmentFaultError
-from holov_export.spec import Frozen
+from holov_export.policies import Frozen
 from holov_export.versions import version_from_text
 
 if sys.version_info >= (3, 11):

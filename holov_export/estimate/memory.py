@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from holov_export.estimate.roofline import Format
 from holov_export.estimate.shapes import ModelShape
-from holov_export.spec import Frozen
+from holov_export.policies import Frozen
 
 #: CUDA's context and the kernels of TensorRT, cuBLAS and ONNX Runtime. An assumption: 0.5 to 1.5 GiB are commonly seen.
 RUNTIME_BYTES = 2**30

@@ -12,7 +12,8 @@ from holov_export.estimate.memory import RUNTIME_BYTES, Memory, memory_of
 from holov_export.estimate.roofline import SHARES, WEIGHT_BYTES, Machine, format_of
 from holov_export.estimate.shapes import ModelShape
 from holov_export.estimate.stages import SELECTION_KERNELS, STEP_KERNELS, prefill_seconds, step_seconds, vision_seconds
-from holov_export.spec import DecoderPrecision, Frozen
+from holov_export.policies import Frozen
+from holov_export.spec import DecoderPrecision
 from holov_export.targets import EngineTarget, TargetPrecision
 
 

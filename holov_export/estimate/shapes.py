@@ -6,7 +6,8 @@ from pydantic import Field, ValidationError
 
 from holov_export.assets import data_folder
 from holov_export.errors import UnknownNameError, UsageError
-from holov_export.spec import FeatureSource, Frozen, ModelSpec, NoSelection, ScopePolicy, SelectionPolicy
+from holov_export.policies import FeatureSource, Frozen, NoSelection, ScopePolicy, SelectionPolicy
+from holov_export.spec import ModelSpec
 
 
 class VisionShape(Frozen):

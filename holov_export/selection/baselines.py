@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from holov_export.policies import RandomPolicy
 from holov_export.selection.reference import random_order
 from holov_export.selection.rule import raster_order
-from holov_export.spec import RandomPolicy
 
 
 class ClsTopkRule(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from holov_export.spec import CropLayout
+from holov_export.policies import CropLayout
 from holov_export.tensors import Int64Array
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from holov_export.policies import CropLayout, HolovOfficialPolicy, HolovPaperPolicy, HolovPolicy
 from holov_export.selection.geometry import crops_of_grid
 from holov_export.selection.reference import ALPHA, EPSILON, SCALE
 from holov_export.selection.rule import CropTable, descending, ranks, raster_order
-from holov_export.spec import CropLayout, HolovOfficialPolicy, HolovPaperPolicy, HolovPolicy
 
 #: above every attention value, which is a probability
 _ABOVE = 2.0

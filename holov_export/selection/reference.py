@@ -8,8 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from holov_export.selection.geometry import crops_of_grid
-from holov_export.spec import (
+from holov_export.policies import (
     ClsTopkPolicy,
     CropLayout,
     HolovOfficialPolicy,
@@ -21,6 +20,7 @@ from holov_export.spec import (
     SelectionPolicy,
     UniformPolicy,
 )
+from holov_export.selection.geometry import crops_of_grid
 from holov_export.tensors import Int64Array
 
 Saliency = npt.NDArray[np.float32]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from holov_export.selection.baselines import ClsTopkRule, RandomRule, UniformRule
-from holov_export.selection.holov import HolovOfficialRule, HolovPaperRule, HolovRule
-from holov_export.selection.scope import ScopeRule
-from holov_export.spec import (
+from holov_export.policies import (
     ClsTopkPolicy,
     HolovOfficialPolicy,
     HolovPaperPolicy,
@@ -17,6 +14,9 @@ from holov_export.spec import (
     ScopePolicy,
     SelectionPolicy,
 )
+from holov_export.selection.baselines import ClsTopkRule, RandomRule, UniformRule
+from holov_export.selection.holov import HolovOfficialRule, HolovPaperRule, HolovRule
+from holov_export.selection.scope import ScopeRule
 
 
 def rule_from_policy(policy: SelectionPolicy, grid: tuple[int, int]) -> nn.Module:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from holov_export.policies import ScopePolicy
 from holov_export.selection.reference import EPSILON
 from holov_export.selection.rule import raster_order
-from holov_export.spec import ScopePolicy
 
 
 @torch.library.custom_op("holov_export::scope_steps", mutates_args=())

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from holov_export.extras import require
+from holov_export.policies import FeatureSource
 from holov_export.selection.reference import positions_of
-from holov_export.spec import ExportPlan, FeatureSource, ModelSpec, Precision
+from holov_export.spec import ExportPlan, ModelSpec, Precision
 from holov_export.tensors import FloatArray, PixelBatch, VisualTokens
 from holov_export.verify.parity import positions_only
 
@@ -106,7 +107,7 @@ class TransformersVision:
 
 
 def _names_of(module_type: Any, spec: ModelSpec) -> list[tuple[str, torch.nn.Parameter]]:
-    from holov_export.spec import ClsTopkPolicy
+    from holov_export.policies import ClsTopkPolicy
 
     torch = require("torch")
     with torch.device("meta"):

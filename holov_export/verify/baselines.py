@@ -24,9 +24,10 @@ from holov_export.bundle import (
     write_manifest,
 )
 from holov_export.errors import ParityError, UnknownNameError
+from holov_export.policies import NoSelection, UniformPolicy
 from holov_export.runtime.preprocess import pixels_from_images
 from holov_export.runtime.runner_ort import OrtRunner
-from holov_export.spec import ExportPlan, NoSelection, Precision, UniformPolicy
+from holov_export.spec import ExportPlan, Precision
 from holov_export.tensors import VisualTokens
 from holov_export.verify.backends import CPU_PRECISIONS
 from holov_export.verify.machine import installed_libraries

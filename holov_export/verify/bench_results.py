@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from holov_export.spec import Frozen
+from holov_export.policies import Frozen
 from holov_export.verify.device_monitor import DeviceReading
 from holov_export.verify.machine import Machine
 

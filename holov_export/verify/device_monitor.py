@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 
 from holov_export.extras import is_installed, require
-from holov_export.spec import Frozen
+from holov_export.policies import Frozen
 
 if TYPE_CHECKING:
     from typing_extensions import Self

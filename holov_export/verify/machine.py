@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from holov_export.gpu import Gpu, probe
-from holov_export.spec import Frozen
+from holov_export.policies import Frozen
 
 #: distributions whose versions are recorded where they are installed
 LIBRARIES = (

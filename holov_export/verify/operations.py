@@ -6,7 +6,8 @@ softmax, the selection's own arithmetic) is left out; it is well under a percent
 
 from __future__ import annotations
 
-from holov_export.spec import ExportPlan, FeatureSource, ModelSpec
+from holov_export.policies import FeatureSource
+from holov_export.spec import ExportPlan, ModelSpec
 
 
 def operations_of(plan: ExportPlan, budget: int) -> int:

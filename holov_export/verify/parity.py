@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from holov_export.spec import DecoderPrecision, Frozen, Precision
+from holov_export.policies import Frozen
+from holov_export.spec import DecoderPrecision, Precision
 from holov_export.tensors import VisualTokens
 
 

@@ -11,11 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from holov_export.bundle import Bundle
 from holov_export.errors import UsageError
+from holov_export.policies import CropLayout, FeatureSource, SelectionPolicy, policy_from_settings
 from holov_export.runtime.preprocess import image_from, pixels_from_images
 from holov_export.runtime.runner import Runner, checked_budget
 from holov_export.selection.geometry import crops_of_grid
 from holov_export.selection.reference import positions_of
-from holov_export.spec import CropLayout, FeatureSource, SelectionPolicy, policy_from_settings
 from holov_export.tensors import CropBox, Int64Array
 
 #: share of a pruned token's brightness that is left

@@ -12,9 +12,10 @@ from PIL import Image
 
 from holov_export.bundle import Bundle
 from holov_export.extras import is_installed
+from holov_export.policies import FeatureSource
 from holov_export.runtime.preprocess import pixels_from_images
 from holov_export.runtime.runner_ort import OrtRunner
-from holov_export.spec import FeatureSource, Precision
+from holov_export.spec import Precision
 from holov_export.tensors import FloatArray, PixelBatch, VisualTokens
 from holov_export.verify.backends import (
     CPU_PRECISIONS,

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holov_export.errors import CheckpointError
+from holov_export.policies import FeatureSource, SelectionPolicy
 from holov_export.selection.registry import rule_from_policy
-from holov_export.spec import FeatureSource, ModelSpec, Precision, SelectionPolicy, VisionSpec
+from holov_export.spec import ModelSpec, Precision, VisionSpec
 from holov_export.vision.weights import SafetensorsReader
 
 TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}

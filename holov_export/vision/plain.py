@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from holov_export.spec import ModelSpec, Precision, UniformPolicy
+from holov_export.policies import UniformPolicy
+from holov_export.spec import ModelSpec, Precision
 from holov_export.vision.clip import LlavaVision, vision_from_checkpoint
 from holov_export.vision.weights import SafetensorsReader
 

@@ -37,7 +37,8 @@ from encoder_models import WeightsInMemory, spec_of_size, transformers_models  #
 from official_way import official_tokens  # noqa: E402
 from steps import Steps, numbers  # noqa: E402
 
-from holov_export.spec import HolovPolicy, ModelSpec, Precision  # noqa: E402
+from holov_export.policies import HolovPolicy  # noqa: E402
+from holov_export.spec import ModelSpec, Precision  # noqa: E402
 from holov_export.verify.bench import Case, OnDevice, measure, warm_up  # noqa: E402
 from holov_export.verify.operations import encoder_operations  # noqa: E402
 from holov_export.vision.clip import LlavaVision, take_rows, vision_from_checkpoint  # noqa: E402

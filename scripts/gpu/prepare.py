@@ -32,9 +32,10 @@ from steps import Steps, numbers  # noqa: E402
 
 from holov_export.bundle import Bundle, open_bundle  # noqa: E402
 from holov_export.pipeline import ExportRequest, export_bundle  # noqa: E402
+from holov_export.policies import policy_from_settings  # noqa: E402
 from holov_export.runtime.preprocess import pixels_from_images  # noqa: E402
 from holov_export.runtime.runner_ort import OrtRunner  # noqa: E402
-from holov_export.spec import Precision, policy_from_settings  # noqa: E402
+from holov_export.spec import Precision  # noqa: E402
 from holov_export.tensors import PixelBatch  # noqa: E402
 from holov_export.verify.baselines import BASELINES, baseline_of  # noqa: E402
 from holov_export.verify.bench_engines import DEFAULT_SHARES  # noqa: E402

@@ -9,7 +9,8 @@ import pytest
 from noisy import noisy_copy
 
 from holov_export.export.onnx_from_graph import onnx_from_graph, save_vision
-from holov_export.spec import OPSETS, CheckpointSource, ExportPlan, ModelSpec, Precision, policy_from_settings
+from holov_export.policies import policy_from_settings
+from holov_export.spec import OPSETS, CheckpointSource, ExportPlan, ModelSpec, Precision
 from holov_export.vision.clip import vision_from_checkpoint
 from holov_export.vision.weights import SafetensorsReader
 

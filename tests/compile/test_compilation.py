@@ -14,7 +14,8 @@ from holov_export.compile.machine import this_machine
 from holov_export.compile.target_choice import target_for
 from holov_export.errors import EngineError, HardwareError, MissingExtraError
 from holov_export.gpu import Gpu
-from holov_export.spec import OPSETS, CheckpointSource, ExportPlan, HolovPolicy, ModelSpec, Precision
+from holov_export.policies import HolovPolicy
+from holov_export.spec import OPSETS, CheckpointSource, ExportPlan, ModelSpec, Precision
 from holov_export.targets import VersionRange, list_targets, target_from_name
 
 H200 = target_from_name("h200")

@@ -16,7 +16,8 @@ from holov_export.compile.graph_file import graph_from_file, weight_files, write
 from holov_export.compile.lowering import all_nodes, lowered_for, opset_of
 from holov_export.compile.rewrites import WIDENED
 from holov_export.errors import UsageError
-from holov_export.spec import POLICIES, Precision
+from holov_export.policies import POLICIES
+from holov_export.spec import Precision
 
 N = 64  # patch tokens of the tiny checkpoint
 #: (budget, quotas): one token, some, all, and more than there are

@@ -32,7 +32,8 @@ from holov_export.compile.graph_file import LARGEST_PROTOBUF, graph_path
 from holov_export.compile.readiness import CHECKS, TOO_LARGE, VERSIONS, readiness_of, readiness_of_bundle
 from holov_export.compile.readiness_rules import rule_book
 from holov_export.errors import BundleError, UsageError
-from holov_export.spec import POLICIES, Precision
+from holov_export.policies import POLICIES
+from holov_export.spec import Precision
 from holov_export.versions import version_from_text
 
 BOOK = rule_book()

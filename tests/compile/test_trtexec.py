@@ -19,7 +19,8 @@ from holov_export.compile.lowering import lowered_for
 from holov_export.compile.preview import previews
 from holov_export.compile.trtexec import LayerPins, pins_from_graph, trtexec_from_plan
 from holov_export.errors import EngineError
-from holov_export.spec import OPSETS, CheckpointSource, ExportPlan, HolovPolicy, ModelSpec, Precision
+from holov_export.policies import HolovPolicy
+from holov_export.spec import OPSETS, CheckpointSource, ExportPlan, ModelSpec, Precision
 from holov_export.targets import EngineTarget, VersionRange, target_from_name
 
 ExportedGraph = Callable[[str, Precision], Path]

@@ -18,17 +18,9 @@ from onnx import TensorProto, helper
 
 from holov_export.errors import HolovExportError
 from holov_export.export.onnx_from_graph import graph_tensors, onnx_from_graph, save_vision, signature_of
+from holov_export.policies import POLICIES, FeatureSource, policy_from_settings
 from holov_export.selection.reference import positions_of
-from holov_export.spec import (
-    OPSETS,
-    POLICIES,
-    CheckpointSource,
-    ExportPlan,
-    FeatureSource,
-    ModelSpec,
-    Precision,
-    policy_from_settings,
-)
+from holov_export.spec import OPSETS, CheckpointSource, ExportPlan, ModelSpec, Precision
 from holov_export.vision.clip import TORCH_DTYPES, LlavaVision, vision_from_checkpoint
 from holov_export.vision.weights import SafetensorsReader
 

@@ -9,7 +9,8 @@ from runtime.engines import Foundry
 
 from holov_export.bundle import Bundle
 from holov_export.pipeline import ExportRequest, export_bundle
-from holov_export.spec import HolovPolicy, Precision
+from holov_export.policies import HolovPolicy
+from holov_export.spec import Precision
 
 
 @pytest.fixture(scope="session")

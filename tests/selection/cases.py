@@ -11,9 +11,7 @@ import numpy.typing as npt
 import torch
 from hypothesis import strategies as st
 
-from holov_export.selection.geometry import crops_of_grid
-from holov_export.selection.registry import rule_from_policy
-from holov_export.spec import (
+from holov_export.policies import (
     CropLayout,
     HolovOfficialPolicy,
     HolovPaperPolicy,
@@ -22,6 +20,8 @@ from holov_export.spec import (
     SelectionPolicy,
     policy_from_settings,
 )
+from holov_export.selection.geometry import crops_of_grid
+from holov_export.selection.registry import rule_from_policy
 
 Floats = npt.NDArray[np.float32]
 Grid = tuple[int, int]

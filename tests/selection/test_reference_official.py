@@ -16,9 +16,9 @@ import pytest
 import torch
 from cases import Floats, realistic
 
+from holov_export.policies import HolovOfficialPolicy
 from holov_export.selection.reference import positions_of
 from holov_export.selection.registry import rule_from_policy
-from holov_export.spec import HolovOfficialPolicy
 
 Wide = npt.NDArray[np.float64]
 EPSILON, ALPHA = 1e-6, 0.09

@@ -8,13 +8,8 @@ from cases import GRIDS, NAMES, POLICIES, Floats, Grid, batches, features_of, ha
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from holov_export.selection.geometry import crops_of_grid, tiles_of
-from holov_export.selection.reference import official_quotas, paper_quotas, positions_of, scope_order, uniform_positions
-from holov_export.selection.registry import rule_from_policy
-from holov_export.spec import (
-    POLICIES as POLICY_CLASSES,
-)
-from holov_export.spec import (
+from holov_export.policies import POLICIES as POLICY_CLASSES
+from holov_export.policies import (
     CropLayout,
     HolovOfficialPolicy,
     HolovPolicy,
@@ -23,6 +18,9 @@ from holov_export.spec import (
     SelectionPolicy,
     policy_from_settings,
 )
+from holov_export.selection.geometry import crops_of_grid, tiles_of
+from holov_export.selection.reference import official_quotas, paper_quotas, positions_of, scope_order, uniform_positions
+from holov_export.selection.registry import rule_from_policy
 
 each_policy = pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
 each_grid = st.sampled_from(GRIDS)

@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from holov_export.bundle import Bundle
+from holov_export.policies import NoSelection, SelectionPolicy, policy_from_settings
 from holov_export.runtime.preprocess import pixels_from_images
-from holov_export.spec import ExportPlan, ModelSpec, NoSelection, Precision, SelectionPolicy, policy_from_settings
+from holov_export.spec import ExportPlan, ModelSpec, Precision
 from holov_export.verify.bench_selection import (
     node_times,
     ort_selection_share,

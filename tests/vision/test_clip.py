@@ -16,8 +16,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalG
 
 from holov_export.errors import CheckpointError
 from holov_export.export.checkpoint import spec_from_checkpoint
+from holov_export.policies import POLICIES, FeatureSource, HolovPolicy, policy_from_settings
 from holov_export.selection.reference import positions_of
-from holov_export.spec import POLICIES, FeatureSource, HolovPolicy, ModelSpec, Precision, policy_from_settings
+from holov_export.spec import ModelSpec, Precision
 from holov_export.vision.clip import (
     TORCH_DTYPES,
     LlavaVision,

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from holov_export.errors import CheckpointError, MissingExtraError
-from holov_export.spec import HolovPolicy, ModelSpec, Precision
+from holov_export.policies import HolovPolicy
+from holov_export.spec import ModelSpec, Precision
 from holov_export.vision.clip import vision_from_checkpoint
 from holov_export.vision.weights import INDEX, SINGLE, SafetensorsReader, shard_of_tensor, shard_path
 
