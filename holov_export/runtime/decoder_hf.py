@@ -66,23 +66,31 @@ class HfDecoder:
 
     def stream(self, prompt: StitchedPrompt, sampling: SamplingSettings) -> Iterator[int]:
         """See `Decoder.stream`."""
-        check_prompt(prompt, self._spec)
+        self._check(prompt)
         check_sampling(sampling)
+        return self._tokens(prompt, sampling)
+
+    def _check(self, prompt: StitchedPrompt) -> None:
+        """Refuse what cannot be decoded; a decoder that does more than this one refuses more."""
+        check_prompt(prompt, self._spec)
         if self._model is None:
             raise EnvironmentFaultError("the decoder is closed.")
-        return self._tokens(prompt, sampling)
 
     def _tokens(self, prompt: StitchedPrompt, sampling: SamplingSettings) -> Iterator[int]:
         ends = end_tokens(self._spec, sampling)
         dice = np.random.default_rng(sampling.seed)
-        embeds, cache = self._embeds(prompt), None
-        for _ in range(sampling.max_new_tokens):
-            logits, cache = self._step(embeds, cache)
+        logits, state = self._prefilled(prompt)
+        for left in range(sampling.max_new_tokens - 1, -1, -1):
             token = token_from_logits(logits, sampling, dice)
             if token in ends:
                 return
             yield token
-            embeds = self._words(np.array([token], dtype=np.int64))
+            if left:
+                logits, state = self._step(self._words(np.array([token], dtype=np.int64)), state)
+
+    def _prefilled(self, prompt: StitchedPrompt) -> tuple[Any, Any]:
+        """float32 [V], the logits of the first token, and the state that `_step` goes on from."""
+        return self._step(self._embeds(prompt), None)
 
     def _words(self, ids: Any) -> Any:
         """[1, S, D]: the token embeddings of ids [S]."""
@@ -100,7 +108,10 @@ class HfDecoder:
         return embeds
 
     def _step(self, embeds: Any, cache: Any) -> tuple[Any, Any]:
-        """float32 [V], the logits of the next token, and the cache. Only the last position goes through the head."""
+        """float32 [V], the logits of the next token after embeds [1, S, D], and the cache.
+
+        Only the last position goes through the head.
+        """
         with self._torch.inference_mode():
             out = self._model.model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
             logits = self._model.lm_head(out.last_hidden_state[0, -1])
