@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from holov_export.export.divprune_loop import divprune_loop
+from holov_export.export.dpp_loop import dpp_loop
 from holov_export.export.scope_loop import scope_loop
 from holov_export.extras import require
 
@@ -18,7 +20,7 @@ def translation_table(opset: int) -> dict[Any, Callable[..., Any]]:
       sort is what it is. A constant K also suits TensorRT 8.5, which reads no K from a tensor.
     * scaled_dot_product_attention: MatMul, Softmax, MatMul with the scale on the queries only. The exporter's own
       translation computes the transposition of the keys from their shape at run time (nine nodes a layer).
-    * scope_steps: a Loop, see `scope_loop`.
+    * scope_steps, divprune_steps, dpp_steps: Loops, see `scope_loop`, `divprune_loop` and `dpp_loop`.
     """
     op = require(f"onnxscript.onnx_opset._impl.opset{opset}")
     op = getattr(op, f"Opset{opset}")()
@@ -43,16 +45,20 @@ def translation_table(opset: int) -> dict[Any, Callable[..., Any]]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
-        if attn_mask is not None or dropout_p or is_causal or enable_gqa:
+        if dropout_p or is_causal or enable_gqa:
             raise ValueError("only plain bidirectional attention is translated")
         factor = scale if scale is not None else float(query.shape[-1]) ** -0.5
         factor_like = op.CastLike(op.Constant(value_float=factor), query)
         scores = op.MatMul(op.Mul(query, factor_like), op.Transpose(key, perm=[0, 1, 3, 2]))
+        if attn_mask is not None:
+            scores = op.Add(scores, attn_mask)
         return op.MatMul(op.Softmax(scores, axis=-1), value)
 
     aten = torch.ops.aten
     return {
         torch.ops.holov_export.scope_steps.default: scope_loop(),
+        torch.ops.holov_export.divprune_steps.default: divprune_loop(),
+        torch.ops.holov_export.dpp_steps.default: dpp_loop(),
         aten.sort.stable: sort,
         aten.sort.default: sort_unstable,
         aten.scaled_dot_product_attention.default: attention,

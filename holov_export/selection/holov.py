@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from holov_export.policies import CropLayout, HolovOfficialPolicy, HolovPaperPolicy, HolovPolicy
 from holov_export.selection.geometry import crops_of_grid
 from holov_export.selection.reference import ALPHA, EPSILON, SCALE
-from holov_export.selection.rule import CropTable, descending, ranks, raster_order
+from holov_export.selection.rule import CropTable, Selection, descending, ranks, raster_order
 
 #: above every attention value, which is a probability
 _ABOVE = 2.0
@@ -34,7 +34,7 @@ class OfficialQuotas(nn.Module):
 
     def forward(self, saliency: Tensor, quota: Tensor) -> Tensor:
         """(float32 [B, N], int64 [B]) -> int64 [B, C], summing to `quota`; may exceed a crop's size."""
-        scores = self.table.mean(saliency) * self.factor
+        scores = self.table.mean(saliency.clamp_min(0)) * self.factor
         weights = scores / (scores.sum(-1, keepdim=True) + _EPSILON)
         allotted = torch.floor(weights * quota[:, None].float()).long()
         left = quota - allotted.sum(-1)
@@ -42,18 +42,19 @@ class OfficialQuotas(nn.Module):
 
 
 class HolovRule(nn.Module):
-    """`holov`: official quotas; the surplus of a full crop goes to the most salient tokens left; raster order."""
+    """`holov`: official quotas; the surplus of a full crop goes to the most salient tokens left; raster order.
+
+    What an earlier cut took away has a negative saliency: it adds nothing to its crop's mean and fills no quota.
+    """
 
     def __init__(self, policy: HolovPolicy, grid: tuple[int, int]) -> None:
         super().__init__()
         self.table = CropTable(crops_of_grid(grid, policy.crops, policy.layout))
         self.quotas = OfficialQuotas(self.table)
 
-    def forward(
-        self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor) -> Selection:
         rank = self.table.join(ranks(self.table.split(saliency, fill=-1.0)))
-        in_quota = rank < self.table.spread(self.quotas(saliency, quota))
+        in_quota = (rank < self.table.spread(self.quotas(saliency, quota))) & (saliency >= 0)
         return raster_order(torch.where(in_quota, _ABOVE, saliency), quota)
 
 
@@ -74,9 +75,7 @@ class HolovOfficialRule(nn.Module):
         self.register_buffer("rank_in_raster", self.table.join(raster), persistent=False)
         self.register_buffer("crop_start", self.table.spread(start), persistent=False)
 
-    def forward(
-        self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor) -> Selection:
         tokens = saliency.shape[-1]
         allotted = self.quotas(saliency, quota)
         rank = self.table.join(ranks(self.table.split(saliency, fill=-1.0)))
@@ -86,7 +85,7 @@ class HolovOfficialRule(nn.Module):
         last = float(self.table.shape[0] * self.table.shape[1])
         order = descending(torch.where(in_quota, last - place.float(), -1.0))
         kept = in_quota.long().sum(-1, keepdim=True)
-        return torch.where(torch.arange(tokens, device=saliency.device) < kept, order, -1), quota
+        return Selection(torch.where(torch.arange(tokens, device=saliency.device) < kept, order, -1), quota)
 
 
 class HolovPaperRule(nn.Module):
@@ -97,9 +96,7 @@ class HolovPaperRule(nn.Module):
         self.table = CropTable(crops_of_grid(grid, policy.crops, policy.layout))
         self.tau = policy.tau
 
-    def forward(
-        self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor) -> Selection:
         assert features is not None  # the policy declares that it reads features
         holistic = self.table.join(self._holistic(saliency, features))
         shares = self._shares(self._weights(self.table.mean(holistic)), quota)

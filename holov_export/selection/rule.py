@@ -6,32 +6,47 @@ stable, so equal scores keep the lower position, which is also what ONNX TopK an
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from holov_export.selection.reference import EPSILON
 from holov_export.tensors import Int64Array
+
+#: as Python's own number: torch.compile makes a tensor of the CPU of one of numpy's
+_SHORTEST = float(EPSILON)
+
+
+class Selection(NamedTuple):
+    """What a rule decided.
+
+    Attributes:
+        positions: int64 [B, N]; the first `counts` entries are the kept tokens in output order, the rest is -1. A -1
+            before `counts` is a zero row; N is the CLS token, for rules that keep it. The caller slices to K.
+        counts: int64 [B].
+        merged: int64 [B, N], only of rules that merge: the position of the kept token that each token is averaged
+            into, -1 for none. The kept token's row becomes its own plus the mean of those.
+    """
+
+    positions: Tensor
+    counts: Tensor
+    merged: Tensor | None = None
 
 
 class Rule(Protocol):
     """A torch module that decides which tokens stay. Static control flow only: it is exported."""
 
-    def __call__(
-        self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor) -> Selection:
         """Decide.
 
         Args:
-            saliency: float32 [B, N].
+            saliency: float32 [B, N]. Only rules that `reselect` (see `policies`) meet tokens that an earlier cut took
+                away: theirs is negative, and their features are zero.
             features: float32 [B, N, D], or None if the policy reads none.
-            quota: int64 [B], 1..K.
+            quota: int64 [B], 1..K, at most as many as there are tokens left.
             budget: int64 [1], K. A shape value: the only thing that a loop may take its trip count from.
-
-        Returns:
-            (positions int64 [B, N] whose first `counts` entries are the kept tokens in output order and the rest -1,
-            counts int64 [B]). A -1 before `counts` is a zero row. The caller slices to K.
         """
         ...
 
@@ -41,20 +56,27 @@ def descending(values: Tensor) -> Tensor:
     return torch.sort(values, dim=-1, descending=True, stable=True).indices
 
 
-def raster_order(priority: Tensor, quota: Tensor) -> tuple[Tensor, Tensor]:
+def ranks_by_sorting(values: Tensor) -> Tensor:
+    """int64 [..., N]: what `ranks` returns, by sorting twice, which is cheaper where the axis is long."""
+    return descending(-descending(values).float())
+
+
+def unit_rows(features: Tensor) -> Tensor:
+    """float32 [B, N, D]: each row divided by its length; a row of zeros stays zero."""
+    return features / features.norm(dim=-1, keepdim=True).clamp_min(_SHORTEST)
+
+
+def raster_order(priority: Tensor, quota: Tensor) -> Selection:
     """Keep the `quota` tokens of highest priority, in ascending position.
 
     Args:
         priority: float32 [B, N]. quota: int64 [B].
-
-    Returns:
-        (positions int64 [B, N] padded with -1, counts int64 [B]).
     """
     tokens = priority.shape[-1]
     wanted = torch.arange(tokens, device=priority.device)[None] < quota[:, None]
     key = torch.where(wanted, tokens - descending(priority), 0).float()
     sorted_key = torch.sort(key, dim=-1, descending=True).values.long()
-    return torch.where(sorted_key > 0, tokens - sorted_key, -1), quota
+    return Selection(torch.where(sorted_key > 0, tokens - sorted_key, -1), quota)
 
 
 def ranks(values: Tensor) -> Tensor:

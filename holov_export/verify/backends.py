@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from holov_export.extras import require
-from holov_export.policies import FeatureSource
 from holov_export.selection.reference import positions_of
 from holov_export.spec import ExportPlan, ModelSpec, Precision
 from holov_export.tensors import FloatArray, PixelBatch, VisualTokens
@@ -37,9 +36,7 @@ def features_from_torch(module: LlavaVision, pixels: PixelBatch) -> FloatArray:
     dtype, parts = next(module.parameters()).dtype, []
     with torch.inference_mode():
         for pair in torch.from_numpy(pixels.pixel_values).to(dtype).split(2):
-            hidden = module.hidden(pair)
-            projected = module.features is FeatureSource.PROJECTED
-            parts.append((module.multi_modal_projector(hidden) if projected else hidden).float().numpy())
+            parts.append(module.features_of(pair).numpy())
     return np.concatenate(parts)
 
 

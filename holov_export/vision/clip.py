@@ -1,7 +1,8 @@
 """CLIP vision tower and LLaVA projector, with the selection in its middle.
 
-"Select early": the CLS row of the feature layer's attention decides which tokens stay, and only those go through that
-layer's query, output projection and MLP and through the projector. Layers after the feature layer are not built.
+"Select early": the CLS row of a layer's attention decides which tokens stay, and only those go through that layer's
+query, output projection and MLP and through what follows. The layer is the feature layer unless `cuts` name an earlier
+one (`spec.Cut`). Layers after the feature layer are not built.
 
 Shape words: B images, N patch tokens, T = N + 1 with CLS, K budget, E tower width, D language-model width, A heads.
 """
@@ -12,103 +13,21 @@ import contextlib
 import ctypes
 import gc
 import sys
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holov_export.errors import CheckpointError
 from holov_export.policies import FeatureSource, SelectionPolicy
 from holov_export.selection.registry import rule_from_policy
-from holov_export.spec import ModelSpec, Precision, VisionSpec
+from holov_export.selection.rule import Selection
+from holov_export.spec import Cut, ModelSpec, Precision, VisionSpec
+from holov_export.vision.clip_layers import ClipEmbeddings, ClipLayer, activation, take_rows
+from holov_export.vision.cutting import join_merged, real_rows_mask, row_index, spread
 from holov_export.vision.weights import SafetensorsReader
 
 TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
-
-
-def activation(name: str, x: Tensor) -> Tensor:
-    """transformers' activation of that name."""
-    if name == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
-    return F.gelu(x, approximate="tanh" if name == "gelu_pytorch_tanh" else "none")
-
-
-class ClipEmbeddings(nn.Module):
-    """[B, 3, H, W] -> [B, T, E]: patches, CLS in front, positions added."""
-
-    def __init__(self, spec: VisionSpec) -> None:
-        super().__init__()
-        self.patch_embedding = nn.Conv2d(spec.channels, spec.width, spec.patch_size, spec.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(torch.empty(spec.width))
-        self.position_embedding = nn.Parameter(torch.empty(spec.tokens + 1, spec.width))
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-        cls = self.class_embedding.expand(patches.shape[0], 1, -1)
-        return torch.cat([cls, patches], dim=1) + self.position_embedding
-
-
-class ClipAttention(nn.Module):
-    """Projections of one layer's attention. Heads are split off by `heads_of`: [B, T, E] -> [B, A, T, E/A]."""
-
-    def __init__(self, spec: VisionSpec) -> None:
-        super().__init__()
-        self.heads = spec.heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(spec.width, spec.width) for _ in range(4))
-
-    def heads_of(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention of [B, Q, E] queries over split keys and values; the output projection included."""
-        mixed = F.scaled_dot_product_attention(self.heads_of(queries), keys, values)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
-
-
-class ClipMlp(nn.Module):
-    """[.., E] -> [.., E]."""
-
-    def __init__(self, spec: VisionSpec) -> None:
-        super().__init__()
-        self.activation = spec.activation
-        self.fc1 = nn.Linear(spec.width, spec.mlp_width)
-        self.fc2 = nn.Linear(spec.mlp_width, spec.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(activation(self.activation, self.fc1(x)))
-
-
-class ClipLayer(nn.Module):
-    """One pre-norm encoder layer that can also run for some of its rows only."""
-
-    def __init__(self, spec: VisionSpec) -> None:
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(spec.width, eps=spec.layer_norm_eps)
-        self.self_attn = ClipAttention(spec)
-        self.layer_norm2 = nn.LayerNorm(spec.width, eps=spec.layer_norm_eps)
-        self.mlp = ClipMlp(spec)
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed, keys, values = self.keys_and_values(x)
-        return self.rows(x, normed, keys, values)
-
-    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """([B, T, E] normed input, [B, A, T, E/A] keys, values)."""
-        normed, attn = self.layer_norm1(x), self.self_attn
-        return normed, attn.heads_of(attn.k_proj(normed)), attn.heads_of(attn.v_proj(normed))
-
-    def rows(self, x: Tensor, normed: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The layer's output for some rows: x and normed are [B, Q, E]."""
-        x = x + self.self_attn.attend(self.self_attn.q_proj(normed), keys, values)
-        return x + self.mlp(self.layer_norm2(x))
-
-    def saliency(self, normed: Tensor, keys: Tensor) -> Tensor:
-        """float32 [B, N]: the CLS row of the attention, mean over heads, CLS column dropped; no dense map."""
-        attn = self.self_attn
-        query = attn.heads_of(attn.q_proj(normed[:, :1])).float()
-        scores = query @ keys.float().transpose(-1, -2) * (query.shape[-1] ** -0.5)
-        return scores.softmax(-1).mean(1)[:, 0, 1:]
 
 
 class LlavaProjector(nn.Module):
@@ -135,33 +54,51 @@ class ClipTower(nn.Module):
 
     def before_feature_layer(self, pixel_values: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, T, E], the feature layer's input."""
-        x = self.pre_layernorm(self.embeddings(pixel_values))
-        for layer in list(self.layers)[:-1]:  # a slice of a ModuleList would change the names in the graph
-            x = layer(x)
+        return self.through(self.embedded(pixel_values), 0, len(self.layers) - 1)
+
+    def embedded(self, pixel_values: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, T, E], the first layer's input."""
+        return self.pre_layernorm(self.embeddings(pixel_values))
+
+    def through(self, x: Tensor, first: int, end: int, mask: Tensor | None = None) -> Tensor:
+        """[B, Q, E] through the layers `first` to `end` - 1."""
+        for layer in list(self.layers)[first:end]:  # a slice of a ModuleList would change the names in the graph
+            x = layer(x, mask)
         return x
 
     @property
     def feature_layer(self) -> ClipLayer:
-        layer = self.layers[-1]
+        return self.layer(len(self.layers) - 1)
+
+    def layer(self, index: int) -> ClipLayer:
+        layer = self.layers[index]
         assert isinstance(layer, ClipLayer)
         return layer
 
 
-def take_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """[B, T, E] and [B, K] -> [B, K, E], by one Gather over the flattened batch."""
-    batch, length = rows.shape[0], rows.shape[1]
-    start = torch.arange(batch, device=rows.device)[:, None] * length
-    taken = rows.flatten(0, 1).index_select(0, (index + start).flatten())
-    return taken.unflatten(0, (batch, -1))
+class _Rows(NamedTuple):
+    """What is left behind a cut: rows [B, Q, E] (CLS in front except behind the feature layer), their positions [B, K],
+    counts [B], and the saliency [B, N] that decided.
+    """
+
+    x: Tensor
+    positions: Tensor
+    counts: Tensor
+    saliency: Tensor
 
 
 class LlavaVision(nn.Module):
-    """Pixels, budget and quota in; visual tokens, positions, counts and saliency out (see `signature.py`)."""
+    """Pixels, budget and quota in; visual tokens, positions, counts and saliency out (see `signature.py`).
 
-    def __init__(self, spec: ModelSpec, policy: SelectionPolicy) -> None:
+    With several cuts the saliency is that of the first, which sees all tokens.
+    """
+
+    def __init__(self, spec: ModelSpec, policy: SelectionPolicy, cuts: tuple[Cut, ...] = ()) -> None:
         super().__init__()
         self.tokens = spec.vision.tokens
         self.features = policy.features
+        self.keeps_cls = policy.keeps_cls
+        self.cuts = cuts or (Cut(layer=spec.vision.feature_layer),)
         self.vision_tower = ClipTower(spec.vision)
         self.multi_modal_projector = LlavaProjector(spec.vision, spec.decoder.width)
         self.selection = rule_from_policy(policy, spec.vision.grid)
@@ -169,52 +106,94 @@ class LlavaVision(nn.Module):
     def forward(self, pixel_values: Tensor, budget: Tensor, quota: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         asked = budget.clamp(1, self.tokens)
         wanted = torch.minimum(quota.clamp_min(1), asked)
-        size = cast(int, asked.item())
+        tower, last = self.vision_tower, self.cuts[-1].layer
+        x, done, places, saliency = tower.embedded(pixel_values), 0, None, None
+        for cut in self.cuts[:-1]:
+            assert cut.keep is not None  # spec.check_cuts
+            many = asked.clamp_min(cut.keep)
+            x = tower.through(x, done, cut.layer)
+            rows = self.cut(cut.layer, x, places, many.expand(wanted.shape[0]), many)
+            x, done, places = rows.x, cut.layer + 1, rows.positions
+            saliency = rows.saliency if saliency is None else saliency
+        rows = self.cut(last, tower.through(x, done, last), places, wanted, asked)
+        saliency = rows.saliency if saliency is None else saliency
+        real = (rows.positions >= 0).unsqueeze(-1)
+        x = rows.x
+        if last + 1 < len(tower.layers):
+            mask = real_rows_mask(rows.positions, x.dtype)
+            x = tower.through(x, last + 1, len(tower.layers), mask)[:, 1:]
+        tokens = x if self.features is FeatureSource.PROJECTED else self.multi_modal_projector(x)
+        zero = torch.zeros((), dtype=tokens.dtype)
+        return torch.where(real, tokens, zero), rows.positions, rows.counts, saliency
+
+    def cut(self, index: int, x: Tensor, places: Tensor | None, quota: Tensor, budget: Tensor) -> _Rows:
+        """Decide by a layer's attention and run the layer for what stays.
+
+        Args:
+            index: of the layer. x: [B, Q, E], its input. places: int64 [B, Q - 1], the positions of the rows behind
+                CLS; None for all N in order.
+            quota: int64 [B]. budget: int64 [1], the number of rows that come out.
+        """
+        layer = self.vision_tower.layer(index)
+        normed, keys, values = layer.keys_and_values(x)
+        saliency, hidden, features = layer.saliency(normed, keys), None, None
+        if self.features is not FeatureSource.NONE:
+            hidden = layer.rows(x, normed, keys, values)
+            features = self.read(hidden, keys)
+        if places is not None:
+            saliency, features = spread(saliency, features, places, self.tokens)
+        chosen = self.select(saliency, None if features is None else features.float(), quota, budget)
+        behind = index + 1 < len(self.vision_tower.layers)
+        at = row_index(chosen.positions, places, self.tokens, with_cls=behind, keeps_cls=self.keeps_cls)
+        if hidden is None:
+            rows = layer.rows(take_rows(x, at), take_rows(normed, at), keys, values)
+        elif self.features is FeatureSource.PROJECTED:
+            assert features is not None  # read above
+            rows = take_rows(features, at - 1)
+        else:
+            rows = take_rows(hidden, at)
+        if chosen.merged is not None:
+            assert hidden is not None  # a rule that merges reads features
+            rows = join_merged(rows, hidden[:, 1:], chosen.positions, chosen.merged)
+        return _Rows(rows, chosen.positions, chosen.counts, saliency)
+
+    def read(self, hidden: Tensor, keys: Tensor) -> Tensor:
+        """[B, Q - 1, ..]: what the rule reads of each patch, from a layer's output [B, Q, E] and its split keys."""
+        if self.features is FeatureSource.KEYS:
+            return keys.float().mean(1)[:, 1:]
+        patches = hidden[:, 1:]
+        return self.multi_modal_projector(patches) if self.features is FeatureSource.PROJECTED else patches
+
+    def features_of(self, pixel_values: Tensor) -> Tensor:
+        """float32 [B, N, ..]: what the rule reads at its first cut; for comparisons."""
+        first = self.cuts[0].layer
+        x = self.vision_tower.through(self.vision_tower.embedded(pixel_values), 0, first)
+        layer = self.vision_tower.layer(first)
+        normed, keys, values = layer.keys_and_values(x)
+        return self.read(layer.rows(x, normed, keys, values), keys).float()
+
+    def select(self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor) -> Selection:
+        """The rule's decision, its positions cut to [B, K]."""
+        size = cast(int, budget.item())
         torch._check(size >= 1)
         torch._check(size <= self.tokens)
-
-        x = self.vision_tower.before_feature_layer(pixel_values)
-        layer = self.vision_tower.feature_layer
-        normed, keys, values = layer.keys_and_values(x)
-        saliency = layer.saliency(normed, keys)
-        if self.features is FeatureSource.NONE:
-            positions, counts = self.select(saliency, None, wanted, asked, size)
-            index = positions.clamp_min(0) + 1
-            hidden = layer.rows(take_rows(x, index), take_rows(normed, index), keys, values)
-            tokens = self.multi_modal_projector(hidden)
-        else:
-            hidden = layer.rows(x, normed, keys, values)[:, 1:]
-            if self.features is FeatureSource.PROJECTED:
-                hidden = self.multi_modal_projector(hidden)
-            positions, counts = self.select(saliency, hidden.float(), wanted, asked, size)
-            tokens = take_rows(hidden, positions.clamp_min(0))
-            if self.features is FeatureSource.HIDDEN:
-                tokens = self.multi_modal_projector(tokens)
-        real = (positions >= 0).unsqueeze(-1)
-        return torch.where(real, tokens, torch.zeros((), dtype=tokens.dtype)), positions, counts, saliency
-
-    def hidden(self, pixel_values: Tensor) -> Tensor:
-        """[B, N, E]: all patch rows of the feature layer, before the projector; for comparisons."""
-        x = self.vision_tower.before_feature_layer(pixel_values)
-        return self.vision_tower.feature_layer(x)[:, 1:]
-
-    def select(
-        self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor, size: int
-    ) -> tuple[Tensor, Tensor]:
-        """(positions int64 [B, K], counts int64 [B])."""
-        positions, counts = self.selection(saliency, features, quota, budget)
-        return positions[:, :size], counts
+        chosen = self.selection(saliency, features, quota, budget)
+        return Selection(chosen.positions[:, :size], chosen.counts, chosen.merged)
 
 
 def vision_from_checkpoint(
-    spec: ModelSpec, policy: SelectionPolicy, reader: SafetensorsReader, precision: Precision
+    spec: ModelSpec,
+    policy: SelectionPolicy,
+    reader: SafetensorsReader,
+    precision: Precision,
+    cuts: tuple[Cut, ...] = (),
 ) -> LlavaVision:
     """The module with the checkpoint's own weights in `precision`; reads only the tensors that it needs.
 
     Raises:
         CheckpointError: a tensor is missing or of another shape.
     """
-    module = LlavaVision(spec, policy).eval().requires_grad_(False)
+    module = LlavaVision(spec, policy, cuts).eval().requires_grad_(False)
     with torch.device("meta"):
         module.vision_tower = ClipTower(spec.vision)
         module.multi_modal_projector = LlavaProjector(spec.vision, spec.decoder.width)

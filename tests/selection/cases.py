@@ -12,18 +12,25 @@ import torch
 from hypothesis import strategies as st
 
 from holov_export.policies import (
+    CdprunerUnconditionalPolicy,
     CropLayout,
+    DartPolicy,
+    DivprunePolicy,
     HolovOfficialPolicy,
     HolovPaperPolicy,
+    HolovPlusPolicy,
     HolovPolicy,
     ScopePolicy,
     SelectionPolicy,
     policy_from_settings,
 )
 from holov_export.selection.geometry import crops_of_grid
+from holov_export.selection.reference import DPP_FLOOR
 from holov_export.selection.registry import rule_from_policy
+from holov_export.selection.rule import Selection
 
 Floats = npt.NDArray[np.float32]
+Wide = npt.NDArray[np.float64]
 Grid = tuple[int, int]
 
 SETTINGS: list[tuple[str, dict[str, str]]] = [
@@ -32,6 +39,10 @@ SETTINGS: list[tuple[str, dict[str, str]]] = [
     ("holov", {"crops": "6", "layout": "tiles"}),
     ("holov", {"crops": "1"}),
     ("holov", {"crops": "100"}),
+    ("holov-plus", {}),
+    ("holov-plus", {"crops": "5"}),
+    ("holov-plus", {"crops": "6", "layout": "tiles"}),
+    ("holov-plus", {"crops": "100"}),
     ("holov-official", {}),
     ("holov-official", {"crops": "5"}),
     ("holov-official", {"crops": "100"}),
@@ -42,6 +53,14 @@ SETTINGS: list[tuple[str, dict[str, str]]] = [
     ("holov-paper", {"crops": "100"}),
     ("scope", {}),
     ("scope", {"alpha": "0.5"}),
+    ("divprune", {}),
+    ("cdpruner-unconditional", {}),
+    ("dart", {}),
+    ("dart", {"pivots": "1"}),
+    ("dart", {"pivots": "9"}),
+    ("visionzip", {}),
+    ("visionzip", {"contextual": "0"}),
+    ("visionzip", {"contextual": "31"}),
     ("cls-topk", {}),
     ("uniform", {}),
     ("random", {}),
@@ -53,23 +72,30 @@ GRIDS: list[Grid] = [(4, 4), (5, 7), (3, 4), (8, 8), (2, 3), (1, 5), (1, 1)]
 WIDTH = 12
 
 
-def kept(policy: SelectionPolicy, saliency: Floats, quota: npt.ArrayLike, grid: Grid, features: Floats) -> npt.NDArray:
-    """int64 [B, N]: the torch rule's positions; its counts must be the quotas."""
+def decided(policy: SelectionPolicy, saliency: Floats, quota: npt.ArrayLike, grid: Grid, features: Floats) -> Selection:
+    """What the torch rule decides; its counts must be the quotas."""
     asked = torch.as_tensor(np.asarray(quota, dtype=np.int64))
     with torch.no_grad():
-        positions, counts = rule_from_policy(policy, grid)(
+        chosen: Selection = rule_from_policy(policy, grid)(
             torch.from_numpy(saliency), torch.from_numpy(features), asked, asked.amax()[None]
         )
-    assert positions.dtype == counts.dtype == torch.int64
-    assert positions.shape == saliency.shape
-    assert torch.equal(counts, asked)
-    return positions.numpy()
+    assert chosen.positions.dtype == chosen.counts.dtype == torch.int64
+    assert chosen.positions.shape == saliency.shape
+    assert torch.equal(chosen.counts, asked)
+    assert (chosen.merged is not None) == policy.merges
+    return chosen
 
 
-def features_of(batch: int, tokens: int, seed: int) -> Floats:
+def kept(policy: SelectionPolicy, saliency: Floats, quota: npt.ArrayLike, grid: Grid, features: Floats) -> npt.NDArray:
+    """int64 [B, N]: the torch rule's positions."""
+    positions: npt.NDArray = decided(policy, saliency, quota, grid, features).positions.numpy()
+    return positions
+
+
+def features_of(batch: int, tokens: int, seed: int, width: int = WIDTH) -> Floats:
     """Rows with a common part, as a projector's are."""
     dice = np.random.default_rng(seed)
-    rows = dice.standard_normal((batch, tokens, WIDTH)) + 2 * dice.standard_normal((batch, 1, WIDTH))
+    rows = dice.standard_normal((batch, tokens, width)) + 2 * dice.standard_normal((batch, 1, width))
     return rows.astype(np.float32)
 
 
@@ -103,8 +129,17 @@ def hangs_on_rounding(policy: SelectionPolicy, saliency: Floats, quota: int, gri
     """True where the rule's result for one picture may change with the last bit of a sum (computed in float64)."""
     if isinstance(policy, HolovPaperPolicy):
         return _paper_hangs(policy, saliency, quota, grid, features)
+    if isinstance(policy, HolovPlusPolicy):
+        return _plus_hangs(policy, saliency, quota, grid, features)
     if isinstance(policy, ScopePolicy):
         return _scope_hangs(policy, saliency, quota, features)
+    if isinstance(policy, DivprunePolicy | CdprunerUnconditionalPolicy | DartPolicy):
+        similarity, left = similarities(features), saliency >= 0
+        if isinstance(policy, DivprunePolicy):
+            return _divprune_hangs(similarity, left, quota)
+        if isinstance(policy, CdprunerUnconditionalPolicy):
+            return _dpp_hangs(similarity, left, quota)
+        return _dart_hangs(policy, similarity, np.abs(features.astype(np.float64)).sum(1), left, quota)
     if not isinstance(policy, HolovPolicy | HolovOfficialPolicy):
         return False
     layout = policy.layout if isinstance(policy, HolovPolicy) else CropLayout.STRIPS
@@ -129,13 +164,52 @@ def _paper_hangs(policy: HolovPaperPolicy, saliency: Floats, quota: int, grid: G
     return close or (len(crops) > 1 and (_near_whole(weights * quota) or _near_whole(extra)))
 
 
+def _plus_hangs(policy: HolovPlusPolicy, saliency: Floats, quota: int, grid: Grid, features: Floats) -> bool:
+    """A floor, or the last token of a strip or of the whole picture, is nearer than float32 can tell."""
+    alive, rows = saliency >= 0, features.astype(np.float64)
+    centred = np.where(alive[:, None], rows - rows[alive].mean(0), 0)
+    length = np.linalg.norm(centred, axis=1)
+    unit = centred / np.maximum(length, np.maximum(1e-4 * np.linalg.norm(rows, axis=1), 1e-6))[:, None]
+    similarity, wide = unit @ unit.T, saliency.astype(np.float64)
+    before = (wide[None] > wide[:, None]) | ((wide[None] == wide[:, None]) & (np.tri(len(wide), k=-1) > 0))
+    root = np.maximum(wide, 0) ** 0.25
+
+    def scores(members: npt.NDArray[np.int64]) -> Wide:
+        pairs = np.ix_(members, members)
+        nearest = np.where(before[pairs], similarity[pairs], 0).max(1, initial=0)
+        return np.asarray(root[members] * np.clip(1 - nearest, 0, 1))
+
+    crops = crops_of_grid(grid, policy.crops, policy.layout)
+    inside = [scores(crop) for crop in crops]
+    means = np.array([score.mean() for score in inside])
+    if means.sum() < 1e-30:
+        return False
+    shares = means / means.sum() * quota
+    if len(crops) > 1 and _near_whole(shares):
+        return True
+    kept = np.zeros(len(wide), dtype=bool)
+    for crop, score, share in zip(crops, inside, np.floor(shares).astype(int), strict=True):
+        left = alive[crop]
+        if _cut_is_close(score[left], share):
+            return True
+        kept[crop[left][np.argsort(-score[left], kind="stable")[:share]]] = True
+    others = alive & ~kept
+    return _cut_is_close(scores(np.arange(len(wide)))[others], quota - int(kept.sum()))
+
+
+def _cut_is_close(values: Wide, taken: int) -> bool:
+    """The last value that is taken and the first that is not differ by less than float32 can tell, but do differ."""
+    if not 0 < taken < len(values):
+        return False
+    ordered = np.sort(values)[::-1]
+    return bool(0 < ordered[taken - 1] - ordered[taken] < 1e-6 + 1e-5 * ordered[taken - 1])
+
+
 def _scope_hangs(policy: ScopePolicy, saliency: Floats, quota: int, features: Floats) -> bool:
     """The best and the second best of some step differ by less than float32 can tell. Exact ties count: what is equal
     in one order of summation need not be in another."""
-    rows = features.astype(np.float64)
-    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
-    similarity, weights = unit @ unit.T, saliency.astype(np.float64) ** policy.alpha
-    covered, taken = np.zeros(len(saliency)), np.zeros(len(saliency), dtype=bool)
+    similarity, weights = similarities(features), np.maximum(saliency.astype(np.float64), 0) ** policy.alpha
+    covered, taken = np.zeros(len(saliency)), saliency < 0
     for _ in range(quota):
         gain = np.where(taken, -1.0, np.maximum(similarity - covered, 0).sum(1) * weights)
         best = int(gain.argmax())
@@ -146,6 +220,67 @@ def _scope_hangs(policy: ScopePolicy, saliency: Floats, quota: int, features: Fl
             return True
         taken[best] = True
         covered = np.maximum(covered, similarity[best])
+    return False
+
+
+def similarities(features: Floats) -> Wide:
+    """[N, D] -> [N, N] cosines in float64."""
+    rows = features.astype(np.float64)
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+    return np.asarray(unit @ unit.T)
+
+
+def _divprune_hangs(similarity: Wide, left: npt.NDArray[np.bool_], quota: int) -> bool:
+    """The lowest and the second lowest similarity of some step are nearer than float32 can tell; exact ties count."""
+    others = np.where(np.eye(len(left), dtype=bool) | ~left[None], -2, similarity).max(1)
+    nearest, usable = np.full(len(left), -2.0), left.copy()
+    for step in range(min(quota, int(left.sum()))):
+        score = np.where(usable, others if step == 0 else nearest, 3)
+        best = int(score.argmin())
+        if (np.delete(score, best) - score[best] < 2e-6).any():
+            return True
+        usable[best] = False
+        nearest = np.maximum(nearest, similarity[best])
+    return False
+
+
+def _dpp_hangs(similarity: Wide, left: npt.NDArray[np.bool_], quota: int) -> bool:
+    """The two that leave most are nearer than float32 can tell, or one of those left is as near to the floor.
+
+    The first step's tie is exact everywhere, as are those of tokens below the floor.
+    """
+    rest = np.where(np.diag(similarity) > 0.5, 1.0, 0.0)
+    factor, usable = np.zeros((0, len(left))), left.copy()
+    for step in range(min(quota, int(left.sum()))):
+        score = np.where(usable, np.where(rest > DPP_FLOOR, rest, 0), -1)
+        best = int(score.argmax())
+        rivals = np.delete(score, best)
+        close = score[best] > 0 and (np.abs(score[best] - rivals) < 1e-5).any()
+        if step > 0 and (close or (np.abs(rest[usable] - DPP_FLOOR) < 1e-5).any()):
+            return True
+        usable[best] = False
+        if score[best] > 0:
+            row = (similarity[best] - factor[:, best] @ factor) / np.sqrt(rest[best])
+            factor, rest = np.vstack([factor, row]), rest - row**2
+    return False
+
+
+def _dart_hangs(policy: DartPolicy, similarity: Wide, length: Wide, left: npt.NDArray[np.bool_], quota: int) -> bool:
+    """Two pivots are nearly of one length, or a pivot's last token and the first that it leaves are nearly alike."""
+    length = np.where(left, length, -1)
+    order = np.argsort(-length, kind="stable")
+    pivots, kept = order[: min(policy.pivots, quota)], np.zeros(len(left), dtype=bool)
+    longest = length[order[: len(pivots) + 1]]
+    if (np.diff(longest) > -1e-5 * np.abs(longest[:-1])).any():
+        return True
+    kept[pivots] = True
+    for number, pivot in enumerate(pivots):
+        share = -(-(quota - int(kept.sum())) // (len(pivots) - number))
+        likeness = np.where(kept | ~left, 3, similarity[pivot])
+        ranked = np.argsort(likeness, kind="stable")
+        if 0 < share < len(left) and likeness[ranked[share]] - likeness[ranked[share - 1]] < 2e-6:
+            return True
+        kept[ranked[:share]] = True
     return False
 
 

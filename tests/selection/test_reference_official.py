@@ -1,6 +1,6 @@
 """The published algorithm transcribed once more, with its features, against the rule and the reference without them.
 
-`selection/reference.py` leaves the published diversity term out, because it cancels: a crop's mean score is
+`selection/reference/holov.py` leaves the published diversity term out, because it cancels: a crop's mean score is
 mean(1e3 A) (1 + 0.09 m / (m + 1e-6)) for the mean m of its similarity variances, the same factor for every crop as long
 as m is well above 1e-6. The transcription here keeps the term, so these tests prove that features never change what is
 kept (and the last one shows the one case in which they would).
@@ -86,7 +86,7 @@ def test_features_do_not_change_what_is_kept(
     dice = np.random.default_rng([tokens, FEATURES.index(feature_kind), len(attention_kind)])
     attention = realistic(attention_kind, images, tokens, dice)
     budgets = dice.choice([1, tokens // 9, tokens // 3, tokens - 1, tokens], images)
-    ours, _ = rule_from_policy(policy, grid)(
+    ours, _, _ = rule_from_policy(policy, grid)(
         torch.from_numpy(attention), None, torch.from_numpy(budgets), torch.tensor([int(budgets.max())])
     )
     on_a_tie = 0
@@ -114,7 +114,7 @@ def is_tie(shares: Wide, budget: int) -> bool:
 def test_zero_rows_do_occur() -> None:
     """Peaky attention overflows crops, so the comparison above has seen zero rows."""
     attention = realistic("peaky", 200, 576, np.random.default_rng(0))
-    positions, _ = rule_from_policy(HolovOfficialPolicy(), (24, 24))(
+    positions, _, _ = rule_from_policy(HolovOfficialPolicy(), (24, 24))(
         torch.from_numpy(attention), None, torch.full((200,), 192), torch.tensor([192])
     )
     assert ((positions[:, :192] == -1).any(1).sum()) > 10
