@@ -2,6 +2,9 @@
 
     manifest.json  vision.onnx  vision.onnx.data  decoder/  tokenizer.json  reports/
 
+A bundle can hold several vision graphs, one for each selection rule: `vision.onnx` and `vision-scope.onnx` name the
+same weights.
+
 Writing is atomic: everything goes into a hidden folder beside the target, which is renamed at the end, so a killed
 export leaves the old bundle or none. Opening verifies sizes and sha256 hashes.
 """
@@ -10,9 +13,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -20,13 +24,13 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from holov_export import storage
-from holov_export.errors import BundleError, IntegrityError, StorageError
+from holov_export.errors import BundleError, IntegrityError, StorageError, UnknownNameError
 from holov_export.policies import Frozen
 from holov_export.spec import ExportPlan
 from holov_export.storage import FolderKind, sha256_of
 
-#: of manifest.json; 2 since the plan holds the decoder's sizes
-SCHEMA = 2
+#: of manifest.json; 3 since the plan can hold several graphs
+SCHEMA = 3
 MANIFEST = "manifest.json"
 VISION = "vision.onnx"
 TOKENIZER = "tokenizer.json"
@@ -77,14 +81,52 @@ class Manifest(Frozen):
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder and its manifest."""
+    """An opened bundle: its folder and its manifest.
+
+    Attributes:
+        manifest: of the folder; in a view (`of_method`) its plan is that of the one graph.
+        methods: names of all vision graphs of the folder, the default one first.
+        graph: file name of the vision graph that this object stands for.
+    """
 
     folder: Path
     manifest: Manifest
+    methods: tuple[str, ...] = ()
+    graph: str = VISION
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            object.__setattr__(self, "methods", tuple(graph.name for graph in self.manifest.plan.graphs))
+
+    @property
+    def method(self) -> str:
+        """Name of the vision graph that this object stands for."""
+        return self.manifest.plan.method
 
     @property
     def vision(self) -> Path:
-        return self.folder / VISION
+        return self.folder / self.graph
+
+    @property
+    def is_default(self) -> bool:
+        """This object stands for the graph that runs when none is named."""
+        return self.graph == VISION
+
+    def of_method(self, name: str) -> Bundle:
+        """The same bundle with another of its vision graphs.
+
+        Raises:
+            UnknownNameError: it holds no such graph; names those that it holds.
+        """
+        for graph in self.manifest.plan.graphs:
+            if graph.name == name:
+                file = self.graph if graph.name == self.method else graph_file(name)
+                plan = self.manifest.plan.of_graph(graph)
+                return replace(self, manifest=self.manifest.model_copy(update={"plan": plan}), graph=file)
+        raise UnknownNameError(
+            f"the bundle '{self.folder.name}' has no graph for '{name}'; it has {', '.join(self.methods)}.",
+            hint=f"Export it with: --method {','.join(dict.fromkeys([*self.methods, name]))}",
+        )
 
     @property
     def decoder(self) -> Path | None:
@@ -94,6 +136,11 @@ class Bundle:
     @property
     def tokenizer(self) -> Path:
         return self.folder / TOKENIZER
+
+
+def graph_file(name: str, stem: str = "vision", ending: str = ".onnx") -> str:
+    """File name of a further graph: "vision-scope.onnx", "vision-holov-12-256-22.onnx"."""
+    return f"{stem}-{re.sub('[^a-z0-9]+', '-', name)}{ending}"
 
 
 # ---------------------------------------------------------------------------------------------------- reading

@@ -25,6 +25,7 @@ from holov_export.bundle import (
     artifacts_in,
     atomic_folder,
     check_target,
+    graph_file,
     provenance,
     write_manifest,
 )
@@ -32,12 +33,22 @@ from holov_export.catalog import Checkpoint, checkpoint_from_reference, referenc
 from holov_export.compile.compilation import CompileOptions, plan_from_target
 from holov_export.compile.engine_from_onnx import engine_from_bundle
 from holov_export.compile.machine import check_gpu, this_machine
-from holov_export.compile.readiness import ReadinessReport, readiness_of_bundle
+from holov_export.compile.readiness import ReadinessReport, readiness_of
 from holov_export.engine import Engine
-from holov_export.errors import BundleError, CheckpointError, ParityError
+from holov_export.errors import BundleError, CheckpointError, ParityError, UsageError
 from holov_export.extras import is_installed, require
 from holov_export.policies import SelectionPolicy
-from holov_export.spec import OPSETS, CheckpointSource, DecoderPrecision, ExportPlan, Precision
+from holov_export.spec import (
+    OPSETS,
+    CheckpointSource,
+    DecoderPrecision,
+    ExportPlan,
+    GraphPlan,
+    ModelSpec,
+    Precision,
+    check_cuts,
+    cuts_from_text,
+)
 from holov_export.targets import EngineTarget
 from holov_export.verify.answers import compare_decoder
 from holov_export.verify.parity import ParityReport
@@ -54,11 +65,22 @@ _RECORDED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxrunt
 
 
 @dataclass(frozen=True)
+class GraphRequest:
+    """A further vision graph: its rule, and `select_layer` as in `ExportRequest`."""
+
+    policy: SelectionPolicy
+    select_layer: str | None = None
+
+
+@dataclass(frozen=True)
 class ExportRequest:
     """What a user asks for.
 
     Attributes:
         model: a catalogue name, a directory or OWNER/REPO[@REVISION].
+        policy: the rule of the graph that runs unless another one is asked for.
+        select_layer: where in the tower it cuts, as `spec.cuts_from_text` reads it; None for the feature layer.
+        also: further graphs over the same weights.
         output: folder of the bundle; None means MODEL-METHOD-PRECISION in the working directory.
         decoder: precision of the embedded decoder; None leaves it out.
         decoder_provider: "cpu" or "cuda", what the decoder's graph is built for.
@@ -73,6 +95,8 @@ class ExportRequest:
     overwrite: bool = False
     verify: bool = True
     decoder_provider: Literal["cpu", "cuda"] = "cpu"
+    select_layer: str | None = None
+    also: tuple[GraphRequest, ...] = ()
 
 
 def silent(message: str) -> None:
@@ -104,18 +128,47 @@ def plan_from_request(request: ExportRequest) -> tuple[ExportPlan, Path]:
         revision=checkpoint.source.revision,
         config_sha256=config_sha256(checkpoint.folder),
     )
+    graph, budget = _graph_from_request(GraphRequest(request.policy, request.select_layer), spec)
+    also = tuple(_graph_from_request(further, spec)[0] for further in request.also)
+    names = [graph.name, *(further.name for further in also)]
+    if len(set(names)) < len(names):
+        raise UsageError(f"two graphs have the same name: {', '.join(names)}.", hint="Name each rule once.")
     plan = ExportPlan(
         model=spec,
         source=source,
-        policy=request.policy,
+        policy=graph.policy,
+        cuts=graph.cuts,
+        also=also,
+        budget=budget,
         precision=request.precision,
         decoder=request.decoder,
         decoder_provider=request.decoder_provider,
         opset=OPSETS[request.precision],
     )
-    output = request.output or Path(f"{spec.name}-{request.policy.method}-{request.precision.value}")
+    output = request.output or Path(f"{spec.name}-{_file_name(plan.method)}-{request.precision.value}")
     check_target(output.absolute(), overwrite=request.overwrite)
     return plan, output.absolute()
+
+
+def _graph_from_request(request: GraphRequest, spec: ModelSpec) -> tuple[GraphPlan, int | None]:
+    """(the graph, the budget that its schedule names).
+
+    Raises:
+        UsageError: the layers do not parse, do not exist, or the rule cannot decide there.
+    """
+    try:
+        cuts, budget = cuts_from_text(request.select_layer, spec.vision) if request.select_layer else ((), None)
+        check_cuts(request.policy, cuts)
+    except ValueError as error:
+        raise UsageError(
+            f"the layers '{request.select_layer}' of '{request.policy.method}' are wrong: {error}.",
+            hint="Write a layer such as 12, or a schedule such as 12:256,22:64.",
+        ) from error
+    return GraphPlan(policy=request.policy, cuts=cuts), budget
+
+
+def _file_name(method: str) -> str:
+    return graph_file(method, "", "").strip("-")
 
 
 def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundle, ParityReport | None]:
@@ -132,10 +185,12 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
     plan, output = plan_from_request(request)
     checkpoint = checkpoint_from_reference(reference_from_name(request.model))
     with atomic_folder(output, overwrite=request.overwrite) as work:
-        tell(f"export the vision graph ({plan.precision.value}, {plan.policy.method})")
-        _write_vision(plan, checkpoint, work)
+        for graph in plan.graphs:
+            tell(f"export the vision graph ({plan.precision.value}, {graph.name})")
+            _write_vision(plan, graph, checkpoint, work)
         tell("check the graph against TensorRT's rules")
-        _write_report(readiness_of_bundle(work), READINESS, work)
+        for view in _views(Bundle(work, _manifest(plan, work, hashed=False))):
+            _write_report(readiness_of(view.vision), report_file(READINESS, view), work)
         _copy_tokenizer(checkpoint.folder, work)
         if plan.decoder is not None:
             tell(f"build the decoder ({plan.decoder.value})")
@@ -143,13 +198,38 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
         bundle = Bundle(work, _manifest(plan, work, hashed=False))
         report = None
         if request.verify:
-            report = verify_bundle(bundle, checkpoint.folder, default_pictures(), with_transformers=False, tell=tell)
-            _write_report(report, PARITY, work)
-            refuse_if_failed(report)
+            report = _verified(bundle, checkpoint.folder, work, tell)
         tell("hash and write the manifest")
         manifest = _manifest(plan, work, hashed=True)
         write_manifest(work, manifest)
     return Bundle(output, manifest), report
+
+
+def _views(bundle: Bundle) -> Iterator[Bundle]:
+    """The bundle once for each of its graphs, the default one first."""
+    for method in bundle.methods:
+        yield bundle.of_method(method)
+
+
+def report_file(name: str, bundle: Bundle) -> str:
+    """Name of a graph's report: "parity.json", "parity-scope.json"."""
+    stem, ending = name.split(".")
+    return name if bundle.is_default else graph_file(bundle.method, stem, f".{ending}")
+
+
+def _verified(bundle: Bundle, checkpoint: Path, work: Path, tell: Tell) -> ParityReport:
+    """Compare every graph, write its report and refuse the bundle if one differs; the default graph's report."""
+    reports = []
+    for view in _views(bundle):
+        if not view.is_default:
+            tell(f"compare the graph of {view.method}")
+        report = verify_bundle(
+            view, checkpoint, default_pictures(), with_transformers=False, with_decoder=view.is_default, tell=tell
+        )
+        _write_report(report, report_file(PARITY, view), work)
+        refuse_if_failed(report)
+        reports.append(report)
+    return reports[0]
 
 
 def _require_packages(request: ExportRequest) -> None:
@@ -187,9 +267,10 @@ def verify_bundle(
     pictures: Sequence[tuple[str, Image.Image]],
     *,
     with_transformers: bool = True,
+    with_decoder: bool = True,
     tell: Tell = silent,
 ) -> ParityReport:
-    """Compare a bundle's vision graph at three budgets (a ninth of the tokens, one, all), and its decoder's answers.
+    """Compare one vision graph at three budgets (a ninth of the tokens, one, all), and the decoder's answers.
 
     The decoder is compared with transformers' if the language model is small enough to be held twice.
     """
@@ -202,7 +283,7 @@ def verify_bundle(
         with_transformers=with_transformers,
         tell=lambda name: tell(f"compare: {name}"),
     )
-    if bundle.decoder is None or checkpoint is None:
+    if bundle.decoder is None or checkpoint is None or not with_decoder:
         return report
     tell("compare: decoder")
     answers, reason = compare_decoder(bundle, checkpoint)
@@ -230,15 +311,19 @@ def refuse_if_failed(report: ParityReport) -> None:
         raise ParityError("the vision graph was not compared with anything.", hint="; ".join(report.skipped))
 
 
-def _write_vision(plan: ExportPlan, checkpoint: Checkpoint, work: Path) -> None:
-    from holov_export.export.onnx_from_graph import forget_graph, onnx_from_graph, save_vision
+def _write_vision(plan: ExportPlan, graph: GraphPlan, checkpoint: Checkpoint, work: Path) -> None:
+    """Write one graph; the first brings the weights, the others name them."""
+    from holov_export.export.onnx_from_graph import forget_graph, onnx_from_graph, save_beside, save_vision
     from holov_export.vision.clip import forget_weights, vision_from_checkpoint
     from holov_export.vision.weights import SafetensorsReader
 
     with SafetensorsReader(checkpoint.folder) as reader:
-        module = vision_from_checkpoint(plan.model, plan.policy, reader, plan.precision)
-    model = onnx_from_graph(module, plan)
-    save_vision(model, work)
+        module = vision_from_checkpoint(plan.model, graph.policy, reader, plan.precision, graph.cuts)
+    model = onnx_from_graph(module, plan.of_graph(graph))
+    if graph == plan.graphs[0]:
+        save_vision(model, work)
+    else:
+        save_beside(model, work, graph_file(graph.name))
     forget_graph(model)
     forget_weights(module)
 
@@ -266,12 +351,12 @@ def _copy_tokenizer(folder: Path, work: Path) -> None:
 
 
 def readiness_report(bundle: Bundle) -> ReadinessReport:
-    """What the export found about TensorRT.
+    """What the export found about TensorRT for the graph that `bundle` stands for.
 
     Raises:
         BundleError: the bundle has no such report, or one of another version.
     """
-    path = bundle.folder / REPORTS / READINESS
+    path = bundle.folder / REPORTS / report_file(READINESS, bundle)
     try:
         return ReadinessReport.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -147,6 +147,94 @@ class ModelSpec(Frozen):
     prompt: PromptSpec
 
 
+class Cut(Frozen):
+    """One place in the tower where tokens go: the CLS row of a layer's attention decides, the rest runs without them.
+
+    Attributes:
+        layer: 0-based index of the encoder layer.
+        keep: tokens that stay, at least the budget; None for the budget itself, which is what the last cut keeps.
+    """
+
+    layer: int = Field(ge=0)
+    keep: int | None = Field(default=None, ge=1)
+
+
+class GraphPlan(Frozen):
+    """One vision graph of a bundle: a rule, and where in the tower it cuts.
+
+    Attributes:
+        cuts: in ascending order, the last one at the budget; empty for the usual place, the feature layer.
+    """
+
+    policy: SelectionPolicy
+    cuts: tuple[Cut, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GraphPlan:
+        check_cuts(self.policy, self.cuts)
+        return self
+
+    @property
+    def name(self) -> str:
+        """What `--method` calls it: "scope", "holov@12", "holov@12:256,22"."""
+        return graph_name(self.policy, self.cuts)
+
+    def layers(self, vision: VisionSpec) -> tuple[Cut, ...]:
+        """The cuts, the usual one included."""
+        return self.cuts or (Cut(layer=vision.feature_layer),)
+
+
+def graph_name(policy: SelectionPolicy, cuts: tuple[Cut, ...]) -> str:
+    """The rule's name, with `@` and the cuts if they are not the usual one."""
+    places = ",".join(f"{cut.layer}" if cut.keep is None else f"{cut.layer}:{cut.keep}" for cut in cuts)
+    return f"{policy.method}@{places}" if places else policy.method
+
+
+def check_cuts(policy: SelectionPolicy, cuts: tuple[Cut, ...]) -> None:
+    """Refuse cuts that contradict each other or the rule.
+
+    Raises:
+        ValueError: says which.
+    """
+    layers = [cut.layer for cut in cuts]
+    if layers != sorted(set(layers)):
+        raise ValueError("the layers of the cuts must rise")
+    kept = [cut.keep for cut in cuts[:-1]]
+    if None in kept or (cuts and cuts[-1].keep is not None):
+        raise ValueError("every cut but the last names how many tokens it keeps; the last keeps the budget")
+    if kept != sorted((keep for keep in kept if keep is not None), reverse=True):
+        raise ValueError("a later cut cannot keep more tokens than an earlier one")
+    if cuts and not policy.in_tower:
+        raise ValueError(f"'{policy.method}' decides at the feature layer only")
+    if len(cuts) > 1 and not policy.reselects:
+        raise ValueError(f"'{policy.method}' decides once; several cuts need a rule that can decide again")
+
+
+def cuts_from_text(text: str, vision: VisionSpec) -> tuple[tuple[Cut, ...], int | None]:
+    """Cuts as a user writes them: "12", "12:256,22", "12:256,22:64".
+
+    Returns:
+        (cuts, empty for the usual place; the number behind the last layer, which is the budget when none is asked for).
+
+    Raises:
+        ValueError: it does not parse, or a layer does not exist or is behind the feature layer.
+    """
+    cuts: list[Cut] = []
+    for part in text.split(","):
+        layer, colon, keep = part.strip().partition(":")
+        if not layer.isdecimal() or (colon and not keep.isdecimal()):
+            raise ValueError(f"'{part.strip()}' is no LAYER or LAYER:TOKENS")
+        if int(layer) > vision.feature_layer:
+            raise ValueError(f"layer {layer} is behind the feature layer, {vision.feature_layer}")
+        if colon and not 1 <= int(keep) <= vision.tokens:
+            raise ValueError(f"{keep} tokens are outside 1..{vision.tokens}")
+        cuts.append(Cut(layer=int(layer), keep=int(keep) if colon else None))
+    budget, last = cuts[-1].keep, Cut(layer=cuts[-1].layer)
+    if len(cuts) == 1 and last.layer == vision.feature_layer:
+        return (), budget
+    return (*cuts[:-1], last), budget
+
+
 class CheckpointSource(Frozen):
     """Where the weights came from, without any local path.
 
@@ -171,7 +259,10 @@ class ExportPlan(Frozen):
     """Everything an export will do, resolved before it does anything. `--dry-run` prints it.
 
     Attributes:
-        precision: of the vision graph. decoder: precision of the embedded decoder, or None to leave it out.
+        policy, cuts: of the graph that runs unless another one is asked for; see `GraphPlan`.
+        also: further graphs over the same weights.
+        budget: tokens of an image when none is asked for; None for a ninth of N.
+        precision: of the vision graphs. decoder: precision of the embedded decoder, or None to leave it out.
         decoder_provider: execution provider that the decoder's graph is built for; a runtime may choose another.
         opset: of the vision graph, asserted after export.
     """
@@ -179,10 +270,35 @@ class ExportPlan(Frozen):
     model: ModelSpec
     source: CheckpointSource
     policy: SelectionPolicy
+    cuts: tuple[Cut, ...] = ()
+    also: tuple[GraphPlan, ...] = ()
+    budget: int | None = Field(default=None, ge=1)
     precision: Precision
     decoder: DecoderPrecision | None
     decoder_provider: Literal["cpu", "cuda"] = "cpu"
     opset: int = 18
+
+    @model_validator(mode="after")
+    def _graphs_differ(self) -> ExportPlan:
+        check_cuts(self.policy, self.cuts)
+        names = [graph.name for graph in self.graphs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two graphs have the same name: {', '.join(names)}")
+        return self
+
+    @property
+    def graphs(self) -> tuple[GraphPlan, ...]:
+        """All vision graphs, the default one first."""
+        return (GraphPlan(policy=self.policy, cuts=self.cuts), *self.also)
+
+    @property
+    def method(self) -> str:
+        """The name of the default graph."""
+        return graph_name(self.policy, self.cuts)
+
+    def of_graph(self, graph: GraphPlan) -> ExportPlan:
+        """The plan of a bundle that holds only `graph`."""
+        return self.model_copy(update={"policy": graph.policy, "cuts": graph.cuts, "also": ()})
 
     @field_validator("opset")
     @classmethod

@@ -83,7 +83,7 @@ class RuleOnly(nn.Module):
         size = asked.item()
         torch._check(size >= 1)
         torch._check(size <= self.tokens)
-        positions, counts = self.selection(saliency, None, torch.minimum(quota.clamp_min(1), asked), asked)
+        positions, counts, _ = self.selection(saliency, None, torch.minimum(quota.clamp_min(1), asked), asked)
         return positions[:, :size], counts
 
 

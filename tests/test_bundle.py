@@ -24,18 +24,21 @@ from holov_export.bundle import (
     artifacts_in,
     atomic_folder,
     check_target,
+    graph_file,
     open_bundle,
     provenance,
     read_manifest,
     write_manifest,
 )
-from holov_export.errors import BundleError, IntegrityError, StorageError
-from holov_export.policies import HolovPolicy
+from holov_export.errors import BundleError, IntegrityError, StorageError, UnknownNameError
+from holov_export.policies import HolovPolicy, ScopePolicy
 from holov_export.spec import (
     CheckpointSource,
+    Cut,
     DecoderPrecision,
     DecoderSpec,
     ExportPlan,
+    GraphPlan,
     ImageSpec,
     ModelSpec,
     Precision,
@@ -171,7 +174,9 @@ class TestOpening:
             open_bundle(target)
         assert "Export it again" in caught.value.hint
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 2}', '{"schema_version": null}'])
+    @pytest.mark.parametrize(
+        "text", ["", "{", "[]", "null", f'{{"schema_version": {SCHEMA}}}', '{"schema_version": null}']
+    )
     def test_manifest_that_does_not_parse(self, target: Path, text: str) -> None:
         (target / MANIFEST).write_text(text, encoding="utf-8")
         with pytest.raises(IntegrityError, match="does not parse"):
@@ -615,3 +620,38 @@ def test_kill(tmp_path: Path, point: str, expected: str | None, exists: bool) ->
     write_bundle(target, "next", overwrite=True)
     assert content_of(target) == "next"
     assert siblings(target) == ["bundle"], "leftovers of the killed export"
+
+
+class TestGraphs:
+    """A bundle with several vision graphs."""
+
+    @pytest.fixture
+    def several(self, target: Path) -> Bundle:
+        manifest = read_manifest(target)
+        also = (GraphPlan(policy=ScopePolicy()), GraphPlan(policy=HolovPolicy(), cuts=(Cut(layer=1),)))
+        return Bundle(target, manifest.model_copy(update={"plan": plan().model_copy(update={"also": also})}))
+
+    def test_one_graph(self, target: Path) -> None:
+        bundle = open_bundle(target)
+        assert bundle.methods == ("holov",)
+        assert bundle.is_default
+        assert bundle.of_method("holov").vision == bundle.vision
+
+    def test_views(self, several: Bundle) -> None:
+        assert several.methods == ("holov", "scope", "holov@1")
+        scope = several.of_method("scope")
+        assert (scope.vision.name, scope.method, scope.is_default) == ("vision-scope.onnx", "scope", False)
+        assert scope.manifest.plan.policy == ScopePolicy()
+        assert scope.methods == several.methods
+        cut = several.of_method("holov@1")
+        assert (cut.vision.name, cut.manifest.plan.cuts) == ("vision-holov-1.onnx", (Cut(layer=1),))
+        assert several.of_method("holov").is_default
+
+    def test_unknown(self, several: Bundle) -> None:
+        with pytest.raises(UnknownNameError, match="no graph for 'divprune'; it has holov, scope, holov@1") as caught:
+            several.of_method("divprune")
+        assert "--method holov,scope,holov@1,divprune" in caught.value.hint
+
+    def test_file_names(self) -> None:
+        assert graph_file("holov@12:256,22") == "vision-holov-12-256-22.onnx"
+        assert graph_file("scope", "parity", ".json") == "parity-scope.json"

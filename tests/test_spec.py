@@ -17,7 +17,17 @@ from holov_export.policies import (
     policy_from_settings,
 )
 from holov_export.signature import INPUTS, OUTPUTS, vision_signature
-from holov_export.spec import OPSETS, CheckpointSource, DecoderPrecision, ExportPlan, Precision, VisionSpec
+from holov_export.spec import (
+    OPSETS,
+    CheckpointSource,
+    Cut,
+    DecoderPrecision,
+    ExportPlan,
+    GraphPlan,
+    Precision,
+    VisionSpec,
+    cuts_from_text,
+)
 
 VISION = plan().model.vision
 
@@ -115,12 +125,13 @@ class TestPolicies:
         with pytest.raises(ValidationError):
             policy_from_settings(method, settings)
 
-    def test_only_the_published_code_loses_tokens_at_full_budget(self) -> None:
-        assert [name for name, policy in POLICIES.items() if not policy.lossless_at_full] == ["holov-official"]
+    def test_which_rules_lose_tokens_at_full_budget(self) -> None:
+        losing = [name for name, policy in POLICIES.items() if not policy.lossless_at_full]
+        assert losing == ["holov-official", "visionzip"], "zero rows, and tokens that are merged"
 
-    def test_which_rules_read_features(self) -> None:
-        reading = [name for name, policy in POLICIES.items() if policy.features is not FeatureSource.NONE]
-        assert reading == ["holov-paper", "scope"]
+    def test_which_rules_read_no_features(self) -> None:
+        blind = {name for name, policy in POLICIES.items() if policy.features is FeatureSource.NONE}
+        assert blind == {"holov", "holov-official", "cls-topk", "uniform", "random"}
 
     @given(st.text())
     def test_any_text_as_a_method_is_a_policy_or_refused(self, method: str) -> None:
@@ -150,3 +161,69 @@ def test_signature_names_types_and_shapes() -> None:
         "counts": ("int64", ("batch",)),
         "saliency": ("float32", ("batch", 576)),
     }
+
+
+#: the feature layer is 2
+FOUR_LAYERS = vision(layers=4, feature_layer=2)
+
+
+class TestCuts:
+    @pytest.mark.parametrize(
+        ("text", "cuts", "budget"),
+        [
+            ("1", ((1, None),), None),
+            ("1:5", ((1, None),), 5),
+            ("0:9,2", ((0, 9), (2, None)), None),
+            ("0:9, 1:5,2:3", ((0, 9), (1, 5), (2, None)), 3),
+            ("2", (), None),
+            ("2:4", (), 4),
+        ],
+    )
+    def test_text(self, text: str, cuts: tuple[tuple[int, int | None], ...], budget: int | None) -> None:
+        expected = tuple(Cut(layer=layer, keep=keep) for layer, keep in cuts)
+        assert cuts_from_text(text, FOUR_LAYERS) == (expected, budget)
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            ("", "is no LAYER"),
+            ("x", "is no LAYER"),
+            ("1:", "is no LAYER"),
+            ("-1", "is no LAYER"),
+            ("3", "behind the feature layer"),
+            ("1:17", "outside 1..16"),
+            ("1:0", "outside 1..16"),
+        ],
+    )
+    def test_text_that_is_refused(self, text: str, reason: str) -> None:
+        with pytest.raises(ValueError, match=reason):
+            cuts_from_text(text, FOUR_LAYERS)
+
+    @pytest.mark.parametrize(
+        ("method", "cuts", "reason"),
+        [
+            ("holov", (Cut(layer=1, keep=4), Cut(layer=0)), "must rise"),
+            ("holov", (Cut(layer=0), Cut(layer=1)), "every cut but the last"),
+            ("holov", (Cut(layer=0, keep=4),), "the last keeps the budget"),
+            ("holov", (Cut(layer=0, keep=4), Cut(layer=1, keep=8), Cut(layer=2)), "cannot keep more"),
+            ("holov-official", (Cut(layer=1),), "feature layer only"),
+            ("uniform", (Cut(layer=0, keep=4), Cut(layer=1)), "decides once"),
+        ],
+    )
+    def test_cuts_that_contradict(self, method: str, cuts: tuple[Cut, ...], reason: str) -> None:
+        with pytest.raises(ValidationError, match=reason):
+            GraphPlan(policy=policy_from_settings(method), cuts=cuts)
+
+    def test_names(self) -> None:
+        cuts = (Cut(layer=0, keep=9), Cut(layer=2))
+        assert GraphPlan(policy=HolovPolicy(), cuts=cuts).name == "holov@0:9,2"
+        assert GraphPlan(policy=HolovPolicy()).name == "holov"
+
+    def test_graphs_of_a_plan(self) -> None:
+        further = GraphPlan(policy=HolovPolicy(), cuts=(Cut(layer=1),))
+        made = plan().model_copy(update={"also": (further,)})
+        assert [graph.name for graph in made.graphs] == ["holov", "holov@1"]
+        assert made.of_graph(further).method == "holov@1"
+        assert made.of_graph(further).also == ()
+        with pytest.raises(ValidationError, match="the same name"):
+            ExportPlan.model_validate({**made.model_dump(), "also": [further.model_dump(), further.model_dump()]})

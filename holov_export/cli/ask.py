@@ -11,13 +11,16 @@ from typing import Any, Literal
 import click
 from PIL import Image
 
-from holov_export.bundle import open_bundle, read_manifest
+from holov_export.bundle import Bundle, open_bundle, read_manifest
 from holov_export.cli.console import OUT, print_json, say
 from holov_export.cli.options import (
     UserPath,
     bundle_argument,
     engine_option,
     engine_target_option,
+    graph_of,
+    method_names,
+    method_option,
     provider_option,
     verify_option,
 )
@@ -26,7 +29,7 @@ from holov_export.pipeline import checkpoint_of
 from holov_export.policies import POLICIES
 from holov_export.runtime.decoder import check_sampling
 from holov_export.runtime.preprocess import image_from
-from holov_export.runtime.runner import chosen_budget, quota_array
+from holov_export.runtime.runner import Runner, chosen_budget, default_budget, quota_array
 from holov_export.runtime.runner_choice import runner_from_bundle
 from holov_export.runtime.session import Session
 from holov_export.tensors import Generation, SamplingSettings
@@ -38,6 +41,7 @@ from holov_export.verify.picture import panels_from_bundle, picture_of_panels
 @click.argument("images", nargs=-1, required=True, type=UserPath(), metavar="IMAGE...")
 @click.argument("prompt")
 @click.option("--budget", type=int, help="Visual tokens of each image [default: a ninth of them].")
+@method_option
 @click.option("--quota", "quotas", type=int, multiple=True, help="Tokens of one image, at most the budget; repeat.")
 @click.option("--decoder", type=click.Choice(["genai", "hf"]), default="genai", show_default=True, help="Back end.")
 @click.option(
@@ -61,6 +65,7 @@ def ask(
     images: tuple[Path, ...],
     prompt: str,
     budget: int | None,
+    method: str | None,
     quotas: tuple[int, ...],
     decoder: str,
     checkpoint: str | None,
@@ -89,8 +94,8 @@ def ask(
 
     check_sampling(sampling)
     _check_engine(engine, target)
-    _check_request(bundle, images, budget, quotas)
-    opened = open_bundle(bundle, verify=verify)
+    _check_request(bundle, images, budget, quotas, methods=(method,) if method else ())
+    opened = graph_of(open_bundle(bundle, verify=verify), method)
     weights = checkpoint_of(opened, checkpoint) if decoder == "hf" else None
     with Session.open(
         opened,
@@ -123,14 +128,28 @@ def _check_engine(engine: str, target: str | None) -> None:
         raise click.UsageError("--target is for --engine tensorrt only; ONNX Runtime runs the graph itself.")
 
 
-def _check_request(bundle: Path, images: Sequence[Path], budget: int | None, quotas: Sequence[int] = ()) -> None:
-    """Refuse a wrong budget, quota or picture before gigabytes are hashed and loaded.
+def _check_request(
+    bundle: Path,
+    images: Sequence[Path],
+    budget: int | None,
+    quotas: Sequence[int] = (),
+    *,
+    methods: Sequence[str] = (),
+) -> None:
+    """Refuse a wrong budget, quota, rule or picture before gigabytes are hashed and loaded.
 
     Raises:
-        BundleError, BudgetError, ImageError: as when the request is carried out.
+        BundleError, UnknownNameError, BudgetError, ImageError: as when the request is carried out.
     """
-    tokens = read_manifest(bundle).plan.model.vision.tokens
-    quota_array(quotas or None, chosen_budget(budget, quotas or None, tokens), len(images))
+    manifest = read_manifest(bundle)
+    for method in methods:
+        Bundle(bundle, manifest).of_method(method)
+    usual = default_budget(manifest.plan)
+    quota_array(
+        quotas or None,
+        chosen_budget(budget, quotas or None, manifest.plan.model.vision.tokens, usual),
+        len(images),
+    )
     for image in images:
         image_from(image)
 
@@ -179,7 +198,10 @@ def _timing_line(answer: Generation) -> str:
 @bundle_argument
 @click.argument("image", type=UserPath())
 @click.option("--budget", type=int, help="Visual tokens [default: a ninth of them].")
-@click.option("--methods", help=f"Rules side by side, comma separated: {', '.join(POLICIES)} [default: the bundle's].")
+@click.option(
+    "--methods",
+    help="Graphs of the bundle, or rules that read no features, comma separated [default: its first graph].",
+)
 @click.option("--side", type=click.IntRange(64, 4096), default=480, show_default=True, help="Pixels of a panel.")
 @click.option(
     "-o",
@@ -207,18 +229,22 @@ def show(
 ) -> None:
     """Draw a picture of what stays. Kept tokens are lit, pruned ones dimmed; crop borders and their counts."""
     _check_picture(output)
-    names = [name.strip() for name in methods.split(",")] if methods else []
-    unknown = [name for name in names if name not in POLICIES]
+    names = method_names(methods) if methods else []
+    held = Bundle(bundle, read_manifest(bundle)).methods
+    unknown = [name for name in names if name not in POLICIES and name not in held]
     if unknown:
-        raise click.UsageError(f"unknown method '{unknown[0]}'; known: {', '.join(POLICIES)}.")
+        raise click.UsageError(f"unknown method '{unknown[0]}'; known: {', '.join(dict.fromkeys([*held, *POLICIES]))}.")
     _check_engine(engine, target)
     _check_request(bundle, [image], budget)
     opened = open_bundle(bundle, verify=verify)
     plan = opened.manifest.plan
-    wanted = chosen_budget(budget, None, plan.model.vision.tokens)
-    names = names or [plan.policy.method]
-    with runner_from_bundle(opened, engine=engine, target=target, provider=provider, verify=verify) as runner:
-        picture, box, panels = panels_from_bundle(opened, runner, image, wanted, names)
+    wanted = chosen_budget(budget, None, plan.model.vision.tokens, default_budget(plan))
+    names = names or [opened.method]
+
+    def open_runner(view: Bundle) -> Runner:
+        return runner_from_bundle(view, engine=engine, target=target, provider=provider, verify=verify)
+
+    picture, box, panels = panels_from_bundle(opened, open_runner, image, wanted, names)
     drawn = picture_of_panels(picture, box, panels, plan.model.vision.grid, side=side)
     try:
         drawn.save(output)

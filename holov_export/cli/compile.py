@@ -11,12 +11,13 @@ import click
 
 from holov_export.bundle import open_bundle
 from holov_export.cli.console import OUT, print_json, progress, say, size_text, table
-from holov_export.cli.options import UserPath, bundle_argument, json_option
+from holov_export.cli.options import UserPath, bundle_argument, graph_of, json_option, method_option
 from holov_export.compile.compilation import (
     CompileOptions,
     CompilePlan,
     HardwareCompatibility,
     engine_folder,
+    engine_label,
 )
 from holov_export.compile.engine_from_onnx import engine_from_bundle
 from holov_export.compile.machine import this_machine
@@ -63,6 +64,7 @@ def _switch(name: str, field: str, what: str) -> Callable[[Any], Any]:
 )
 @click.option("--force", is_flag=True, help="Build although the readiness check found errors.")
 @click.option("-o", "--output", type=UserPath(), help="Write to OUTPUT/TARGET/ [default: BUNDLE/engines/TARGET/].")
+@method_option
 @click.option("--tensorrt", "tensorrt", metavar="VERSION", help="With --dry-run: the version to plan for.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the equal trtexec command; needs no GPU.")
 @json_option
@@ -86,6 +88,7 @@ def compile_engine(
     prefer_pins: bool,
     force: bool,
     output: Path | None,
+    method: str | None,
     tensorrt: str | None,
     dry_run: bool,
     as_json: bool,
@@ -115,10 +118,10 @@ def compile_engine(
         output=output,
     )
     target = target_asked(target_name, dry_run=dry_run)
-    opened = open_bundle(bundle, verify="size")
+    opened = graph_of(open_bundle(bundle, verify="size"), method)
     if dry_run:
-        made = previews(opened.manifest.plan, bundle, target, options, tensorrt)
-        print_previews(made, engine_folder(bundle, target.name, options), as_json)
+        made = previews(opened.manifest.plan, bundle, target, options, tensorrt, opened.graph)
+        print_previews(made, engine_folder(bundle, engine_label(target.name, opened), options), as_json)
         return
     with progress() as tell:
         engine = engine_from_bundle(opened, target, options, tell=tell)

@@ -11,14 +11,22 @@ from pydantic import ValidationError
 from holov_export.bundle import Bundle
 from holov_export.cli.compile import engine_json, previews_json, print_engine, print_previews, target_asked
 from holov_export.cli.console import OUT, print_json, progress, say, size_text, table
-from holov_export.cli.options import UserPath, json_option
+from holov_export.cli.options import UserPath, json_option, method_names
 from holov_export.compile.compilation import CompileOptions, engine_folder
 from holov_export.compile.preview import previews
 from holov_export.engine import Engine
 from holov_export.errors import UsageError
-from holov_export.pipeline import ExportRequest, export_and_compile, export_bundle, plan_from_request, readiness_report
+from holov_export.pipeline import (
+    ExportRequest,
+    GraphRequest,
+    export_and_compile,
+    export_bundle,
+    plan_from_request,
+    readiness_report,
+)
 from holov_export.policies import POLICIES, SelectionPolicy, policy_from_settings
-from holov_export.spec import DecoderPrecision, ExportPlan, Precision
+from holov_export.runtime.runner import default_budget
+from holov_export.spec import DecoderPrecision, ExportPlan, GraphPlan, Precision
 from holov_export.targets import EngineTarget
 from holov_export.verify.parity import ParityReport
 
@@ -28,8 +36,29 @@ from holov_export.verify.parity import ParityReport
 @click.option("--fp32", "precision", flag_value="fp32", default="fp32", help="float32 vision graph (default).")
 @click.option("--fp16", "precision", flag_value="fp16", help="float16 vision graph; selection stays float32.")
 @click.option("--bf16", "precision", flag_value="bf16", help="bfloat16 vision graph (opset 22, GPU only).")
-@click.option("--method", type=click.Choice(list(POLICIES)), default="holov", show_default=True, help="Selection rule.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of the rule, e.g. crops=8.")
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    default=("holov",),
+    show_default=True,
+    metavar="NAME",
+    help="Selection rule, one of `holov-export methods`. Several, repeated or comma separated, become graphs over the "
+    "same weights; the first is the default. NAME@LAYER cuts at that layer of the tower.",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A setting of the first rule, e.g. crops=8; of another one with its name in front, e.g. scope.alpha=0.5.",
+)
+@click.option(
+    "--select-layer",
+    metavar="LAYERS",
+    help="Experimental: decide at this layer of the tower and run the layers behind it for the kept tokens only, "
+    "e.g. 12; several cuts: 12:256,22:64. For every rule without an @ of its own.",
+)
 @click.option(
     "--decoder-precision",
     type=click.Choice([item.value for item in DecoderPrecision]),
@@ -54,8 +83,9 @@ from holov_export.verify.parity import ParityReport
 def export(
     model: str,
     precision: str,
-    method: str,
+    methods: tuple[str, ...],
     settings: tuple[str, ...],
+    select_layer: str | None,
     decoder_precision: str | None,
     decoder_provider: Literal["cpu", "cuda"],
     no_decoder: bool,
@@ -72,9 +102,12 @@ def export(
     """
     if no_decoder and decoder_precision:
         raise click.UsageError("--no-decoder and --decoder-precision exclude each other.")
+    first, *also = _graphs(methods, settings, select_layer)
     request = ExportRequest(
         model=model,
-        policy=_policy(method, settings),
+        policy=first.policy,
+        select_layer=first.select_layer,
+        also=tuple(also),
         precision=Precision(precision),
         decoder=None if no_decoder else _decoder_precision(decoder_precision, Precision(precision)),
         output=output,
@@ -116,13 +149,30 @@ def _dry_run(request: ExportRequest, target: EngineTarget | None, as_json: bool)
     print_previews(made, folder, as_json)
 
 
-def _policy(method: str, settings: tuple[str, ...]) -> SelectionPolicy:
-    pairs: dict[str, str] = {}
+def _graphs(methods: tuple[str, ...], settings: tuple[str, ...], select_layer: str | None) -> list[GraphRequest]:
+    """The graphs that --method, --set and --select-layer ask for.
+
+    Raises:
+        UsageError: an unknown rule, or settings that are wrong or for a rule that is not asked for.
+    """
+    asked = [name for text in methods for name in method_names(text)]
+    rules = [name.partition("@") for name in asked]
+    of_rule: dict[str, dict[str, str]] = {rule: {} for rule, _, _ in rules}
+    unknown = [rule for rule in of_rule if rule not in POLICIES]
+    if unknown:
+        raise UsageError(f"unknown method '{unknown[0]}'.", hint=f"Known: {', '.join(POLICIES)}.")
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise click.UsageError(f"--set takes KEY=VALUE, not '{setting}'.")
-        pairs[key.strip()] = value.strip()
+        rule, dot, field = key.strip().rpartition(".")
+        if dot and rule not in of_rule:
+            raise click.UsageError(f"--set {setting}: '{rule}' is not among the methods.")
+        of_rule[rule if dot else rules[0][0]][field] = value.strip()
+    return [GraphRequest(_policy(rule, of_rule[rule]), layers or select_layer) for rule, _, layers in rules]
+
+
+def _policy(method: str, pairs: dict[str, str]) -> SelectionPolicy:
     try:
         return policy_from_settings(method, pairs)
     except ValidationError as error:
@@ -153,7 +203,9 @@ def _print_plan(plan: ExportPlan, output: Path, as_json: bool) -> None:
         "model": f"{plan.model.name} ({plan.source.kind}: {plan.source.name})",
         "revision": plan.source.revision or "-",
         "vision": f"{vision.image_size} x {vision.image_size} pixels, {vision.tokens} tokens, {exported}",
-        "selection": ", ".join(f"{key}={value}" for key, value in plan.policy.model_dump(mode="json").items()),
+        "selection": graph_text(plan.graphs[0]),
+        **({"also": "; ".join(graph_text(graph) for graph in plan.also)} if plan.also else {}),
+        "default budget": f"{default_budget(plan)} tokens of an image",
         "precision": f"{plan.precision.value}, selection float32, opset {plan.opset}",
         "decoder": f"{decoder.architecture}, {decoder.layers} layers, {plan.decoder.value}" if plan.decoder else "none",
         "context": f"{decoder.context} tokens",
@@ -163,6 +215,12 @@ def _print_plan(plan: ExportPlan, output: Path, as_json: bool) -> None:
     for key, value in rows.items():
         made.add_row(key, value)
     OUT.print(made)
+
+
+def graph_text(graph: GraphPlan) -> str:
+    """A graph's rule with its settings, and where it cuts."""
+    settings = ", ".join(f"{key}={value}" for key, value in graph.policy.model_dump(mode="json").items())
+    return f"{settings}, cuts at {graph.name.partition('@')[2]}" if graph.cuts else settings
 
 
 def _result(bundle: Bundle, report: ParityReport | None, engine: Engine | None) -> dict[str, Any]:
@@ -179,7 +237,9 @@ def _result(bundle: Bundle, report: ParityReport | None, engine: Engine | None) 
 def _print_result(bundle: Bundle, report: ParityReport | None) -> None:
     if report is not None:
         print_report(report)
-    OUT.print(_readiness_line(bundle))
+    for method in bundle.methods:
+        view = bundle.of_method(method)
+        OUT.print((f"{method}: " if len(bundle.methods) > 1 else "") + _readiness_line(view))
     total = size_text(sum(item.bytes for item in bundle.manifest.artifacts))
     OUT.print(f"{_shown(bundle.folder)}  {total}", soft_wrap=True)
 

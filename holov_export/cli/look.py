@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.text import Text
@@ -11,14 +12,15 @@ from holov_export.bundle import ENGINES, Bundle, open_bundle
 from holov_export.catalog import CATALOG
 from holov_export.cli.compile import engine_json, print_engine
 from holov_export.cli.console import OUT, print_json, progress, size_text, table
-from holov_export.cli.export import print_report
-from holov_export.cli.options import UserPath, bundle_argument, json_option
+from holov_export.cli.export import graph_text, print_report
+from holov_export.cli.options import UserPath, bundle_argument, graph_of, json_option, method_option
 from holov_export.doctor import examine
 from holov_export.engine import Engine, check_graph, check_plan, engines_in
 from holov_export.errors import EngineError, HolovExportError, ImageError, IntegrityError
 from holov_export.pipeline import checkpoint_of, refuse_if_failed, verify_bundle
 from holov_export.policies import POLICIES, FeatureSource
 from holov_export.runtime.engine_choice import graph_hashes
+from holov_export.runtime.inner.methods import INNER, InnerMethod
 from holov_export.verify.pictures import default_pictures
 
 
@@ -59,7 +61,8 @@ def _print_bundle(bundle: Bundle) -> None:
     head = table("bundle")
     head.add_column(str(bundle.folder))
     head.add_row("model", f"{plan.model.name} ({plan.source.kind}: {plan.source.name})")
-    head.add_row("selection", ", ".join(f"{key}={value}" for key, value in plan.policy.model_dump(mode="json").items()))
+    for number, entry in enumerate(plan.graphs):
+        head.add_row("selection" if number == 0 else "and with --method", graph_text(entry))
     head.add_row("precision", f"{plan.precision.value}, opset {plan.opset}")
     head.add_row("decoder", plan.decoder.value if plan.decoder else "none")
     head.add_row("written by", f"{manifest.provenance.tool}, {manifest.provenance.created}")
@@ -90,25 +93,45 @@ def _print_engines(engines: list[tuple[Engine, HolovExportError | None]]) -> Non
 @click.option("--checkpoint", help="Where the weights are: directory, name or OWNER/REPO (demo: found by itself).")
 @click.option("--image", "images", multiple=True, type=UserPath(), help="Compare on this picture.")
 @click.option("--no-transformers", is_flag=True, help="Leave transformers' own model out.")
+@method_option
 @json_option
 def verify(
-    bundle: Path, checkpoint: str | None, images: tuple[Path, ...], no_transformers: bool, as_json: bool
+    bundle: Path,
+    checkpoint: str | None,
+    images: tuple[Path, ...],
+    no_transformers: bool,
+    method: str | None,
+    as_json: bool,
 ) -> None:
-    """Compare a bundle with the reference loops, torch, transformers. Exit code 1 if they differ."""
+    """Compare a bundle's graphs with the reference loops, torch, transformers. Exit code 1 if they differ."""
     from holov_export.runtime.preprocess import image_from
 
-    opened = open_bundle(bundle)
+    opened = graph_of(open_bundle(bundle), method)
     pictures = [(path.name, image_from(path)) for path in images] or default_pictures()
     if not pictures:
         raise ImageError("no picture to compare on.", hint="Name some with --image.")
     folder = checkpoint_of(opened, checkpoint)
+    views = [opened] if method is not None else [opened.of_method(name) for name in opened.methods]
     with progress() as tell:
-        report = verify_bundle(opened, folder, pictures, with_transformers=not no_transformers, tell=tell)
+        reports = [
+            verify_bundle(
+                view,
+                folder,
+                pictures,
+                with_transformers=not no_transformers,
+                with_decoder=number == 0,  # all graphs share it
+                tell=tell,
+            )
+            for number, view in enumerate(views)
+        ]
     if as_json:
-        print_json(report.model_dump(mode="json"))
+        first, *others = [report.model_dump(mode="json") for report in reports]
+        print_json({**first, "also": others} if others else first)
     else:
-        print_report(report)
-    refuse_if_failed(report)
+        for report in reports:
+            print_report(report)
+    for report in reports:
+        refuse_if_failed(report)
 
 
 @click.command()
@@ -142,28 +165,48 @@ def models(as_json: bool) -> None:
 @click.command()
 @json_option
 def methods(as_json: bool) -> None:
-    """List the selection rules."""
+    """List the selection rules. After them, for comparisons only, the methods inside the language model."""
     if as_json:
-        print_json(
-            [
-                {
-                    "name": name,
-                    "summary": policy.summary,
-                    "source": policy.source,
-                    "features": policy.features.value,
-                    "lossless_at_full": policy.lossless_at_full,
-                    "settings": {
-                        key: str(getattr(field.default, "value", field.default))
-                        for key, field in policy.model_fields.items()
-                        if key != "method"
-                    },
-                }
-                for name, policy in POLICIES.items()
-            ]
-        )
+        rules = [
+            {
+                "name": name,
+                "summary": policy.summary,
+                "source": policy.source,
+                "features": policy.features.value,
+                "lossless_at_full": policy.lossless_at_full,
+                "exported": True,
+                "settings": {
+                    key: str(getattr(field.default, "value", field.default))
+                    for key, field in policy.model_fields.items()
+                    if key != "method"
+                },
+            }
+            for name, policy in POLICIES.items()
+        ]
+        print_json([*rules, *map(_inner_json, INNER.values())])
         return
     made = table("name", "selects", "keeps")
     for name, policy in POLICIES.items():
         when = "early" if policy.features is FeatureSource.NONE else "late"
         made.add_row(name, when, Text.assemble(f"{policy.summary}\n", (policy.source, "dim")))
     OUT.print(made)
+    inside = table("inside the language model", "", "keeps")
+    for method in INNER.values():
+        state = "not exported, experimental" if method.experimental else "not exported"
+        inside.add_row(method.name, state, Text.assemble(f"{method.summary}\n", (method.source, "dim")))
+    OUT.print()
+    OUT.print(inside)
+
+
+def _inner_json(method: InnerMethod) -> dict[str, Any]:
+    """With the keys of a rule: it reads no features of the vision graph, and drops nothing at full budget."""
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "source": method.source,
+        "features": None,
+        "lossless_at_full": True,
+        "exported": method.exported,
+        "experimental": method.experimental,
+        "settings": {key: str(value) for key, value in method.settings},
+    }

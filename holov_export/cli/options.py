@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import click
 
+from holov_export.bundle import Bundle
 from holov_export.runtime.ort_providers import PROVIDERS
 from holov_export.runtime.runner_choice import ENGINES
 
@@ -37,6 +39,9 @@ engine_option = click.option(
 engine_target_option = click.option(
     "--target", metavar="NAME", help="For --engine tensorrt: which compiled engine [default: the one that fits]."
 )
+method_option = click.option(
+    "--method", metavar="NAME", help="Which of the bundle's selection rules runs [default: the first of `inspect`]."
+)
 verify_option = click.option(
     "--verify",
     type=click.Choice(["full", "size"]),
@@ -45,3 +50,17 @@ verify_option = click.option(
     help="How files are compared with the manifest. 'full' reads all of them for their sha256; 'size' is enough for a "
     "bundle that was opened with 'full' since it was written or copied, and saves that time with many gigabytes.",
 )
+
+
+def graph_of(bundle: Bundle, method: str | None) -> Bundle:
+    """The bundle with the graph that --method names, or as it is.
+
+    Raises:
+        UnknownNameError: it has no such graph.
+    """
+    return bundle if method is None else bundle.of_method(method)
+
+
+def method_names(text: str) -> list[str]:
+    """["holov@12:256,22", "scope"] of "holov@12:256,22,scope": what begins like a number belongs to the name before."""
+    return [name.strip() for name in re.split(r",(?!\s*\d)", text)]

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from holov_export.bundle import ENGINES
+from holov_export.bundle import ENGINES, Bundle, graph_file
 from holov_export.compile.lowering import OPSET_OF_TENSORRT_8
 from holov_export.compile.profile import profiles_from_target
 from holov_export.engine import ShapeProfile
@@ -181,9 +181,14 @@ def branches_of(target: EngineTarget) -> tuple[str, ...]:
     return tuple(starts)
 
 
-def engine_folder(bundle: Path, target: str, options: CompileOptions) -> Path:
+def engine_folder(bundle: Path, label: str, options: CompileOptions) -> Path:
     """Where the engine of a bundle goes."""
-    return (options.output or bundle / ENGINES) / target
+    return (options.output or bundle / ENGINES) / label
+
+
+def engine_label(target: str, bundle: Bundle) -> str:
+    """Name of an engine's folder: the target, and the graph unless it is the bundle's default one."""
+    return target if bundle.is_default else graph_file(bundle.method, target, "")
 
 
 def _check_precision(precision: Precision, target: EngineTarget, tensorrt: str) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from holov_export.bundle import VISION, Bundle, verify_artifacts
 from holov_export.compile.build_watch import BuildProgress, Messages, logger_for, monitor_for, watched
 from holov_export.compile.builder_config import configure, workspace_bytes
-from holov_export.compile.compilation import CompileOptions, CompilePlan, engine_folder, plan_from_target
+from holov_export.compile.compilation import CompileOptions, CompilePlan, engine_folder, engine_label, plan_from_target
 from holov_export.compile.graph_file import graph_from_file
 from holov_export.compile.lowering import lowered_for
 from holov_export.compile.machine import check_gpu, this_machine
@@ -86,7 +86,7 @@ def engine_from_bundle(
     graph = graph_for(bundle, plan, force=options.force, tell=tell)
     cache = _cache(plan, machine.gpu, options)
     job = _Job(machine.trt, machine.gpu, plan, graph, bundle.vision, cache, options.layer_report, tell)
-    folder = engine_folder(bundle.folder, target.name, options)
+    folder = engine_folder(bundle.folder, engine_label(target.name, bundle), options)
     with atomic_engine_folder(folder) as work:
         _refuse_small_disk(bundle, plan, work)
         tell(f"build the engine: {target.name}, TensorRT {plan.tensorrt}, {machine.gpu.name}")
@@ -102,7 +102,7 @@ def engine_from_bundle(
 
 
 def _verify_graph(bundle: Bundle) -> None:
-    files = tuple(item for item in bundle.manifest.artifacts if item.path in (VISION, WEIGHTS))
+    files = tuple(item for item in bundle.manifest.artifacts if item.path in (bundle.graph, WEIGHTS))
     verify_artifacts(Bundle(bundle.folder, bundle.manifest.model_copy(update={"artifacts": files})))
 
 
@@ -208,7 +208,7 @@ def _refuse_small_disk(bundle: Bundle, plan: CompilePlan, work: Path) -> None:
     Raises:
         StorageError: less is free than the weights take.
     """
-    weights = sum(item.bytes for item in bundle.manifest.artifacts if item.path in (VISION, WEIGHTS))
+    weights = sum(item.bytes for item in bundle.manifest.artifacts if item.path in (bundle.graph, WEIGHTS))
     free = shutil.disk_usage(work).free
     if not plan.flags.strip_plan and free < weights:
         raise StorageError(
@@ -254,7 +254,7 @@ def _record(bundle: Bundle, plan: CompilePlan, gpu: Gpu, work: Path, seconds: fl
         precision=plan.precision,
         opset=plan.opset,
         profiles=plan.profiles,
-        graph_sha256=hashes[VISION],
+        graph_sha256=hashes[bundle.graph],
         weights_sha256=hashes.get(WEIGHTS, ""),
         sha256=sha256_of(work / ENGINE),
         bytes=(work / ENGINE).stat().st_size,

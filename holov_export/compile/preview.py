@@ -39,12 +39,18 @@ class Preview:
 
 
 def previews(
-    export: ExportPlan, bundle: Path, target: EngineTarget, options: CompileOptions, tensorrt: str | None = None
+    export: ExportPlan,
+    bundle: Path,
+    target: EngineTarget,
+    options: CompileOptions,
+    tensorrt: str | None = None,
+    graph: str = VISION,
 ) -> tuple[Preview, ...]:
     """The previews of a bundle, exported or not yet.
 
     Args:
-        bundle: its folder; where it has no vision.onnx yet, trtexec's float32 layers cannot be named.
+        bundle: its folder; where it has no graph yet, trtexec's float32 layers cannot be named.
+        graph: file name of the graph in it.
         tensorrt: only this version; None for the lowest of each kind of network in the target's range.
 
     Raises:
@@ -59,32 +65,31 @@ def previews(
             refusals.append(error)
             made.append(Preview(version, None, refusal=str(error)))
             continue
-        made.append(_preview(plan, bundle, options))
+        made.append(_preview(plan, bundle, options, graph))
     if len(refusals) == len(versions):
         raise refusals[0]
     return tuple(made)
 
 
-def _preview(plan: CompilePlan, bundle: Path, options: CompileOptions) -> Preview:
+def _preview(plan: CompilePlan, bundle: Path, options: CompileOptions, graph: str) -> Preview:
     commands = []
     folder = bundle
     if plan.lowered:
         folder = Path(f"{bundle.name}-trt{plan.tensorrt}")
-        commands.append(("holov-export", "lower", str(bundle), "--tensorrt", plan.tensorrt, "-o", str(folder)))
+        source = bundle if graph == VISION else bundle / graph
+        commands.append(("holov-export", "lower", str(source), "--tensorrt", plan.tensorrt, "-o", str(folder)))
     pins, notes = None, []
     if plan.network == "fp16-flag":
-        graph = _graph(bundle, plan)
-        if graph is None:
+        lowered = _graph(bundle / graph, plan)
+        if lowered is None:
             notes.append("--layerPrecisions and --layerOutputTypes are missing: they name nodes of the exported graph")
         else:
-            pins = pins_from_graph(graph)
+            pins = pins_from_graph(lowered)
     cache = (options.timing_cache or Path(f"{plan.target}.cache")) if options.use_timing_cache else None
-    made = trtexec_from_plan(plan, folder / VISION, pins=pins, timing_cache=cache)
+    made = trtexec_from_plan(plan, folder / graph, pins=pins, timing_cache=cache)
     return Preview(plan.tensorrt, plan, (*commands, made.arguments), (*notes, *made.notes))
 
 
-def _graph(bundle: Path, plan: CompilePlan) -> ModelProto | None:
+def _graph(graph: Path, plan: CompilePlan) -> ModelProto | None:
     """The lowered graph, None if it has not been exported yet."""
-    if not (bundle / VISION).is_file():
-        return None
-    return lowered_for(graph_from_file(bundle / VISION), plan.tensorrt)
+    return lowered_for(graph_from_file(graph), plan.tensorrt) if graph.is_file() else None

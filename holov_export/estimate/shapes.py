@@ -6,7 +6,15 @@ from pydantic import Field, ValidationError
 
 from holov_export.assets import data_folder
 from holov_export.errors import UnknownNameError, UsageError
-from holov_export.policies import FeatureSource, Frozen, NoSelection, ScopePolicy, SelectionPolicy
+from holov_export.policies import (
+    CdprunerUnconditionalPolicy,
+    DivprunePolicy,
+    FeatureSource,
+    Frozen,
+    NoSelection,
+    ScopePolicy,
+    SelectionPolicy,
+)
 from holov_export.spec import ModelSpec
 
 
@@ -102,8 +110,8 @@ def shape_from_spec(spec: ModelSpec, policy: SelectionPolicy) -> ModelShape:
             patch_values=vision.channels * vision.patch_size**2,
             projector_inner=decoder.width,
             selects_early=policy.features is FeatureSource.NONE and not plain,
-            projects_kept=policy.features is FeatureSource.HIDDEN or plain,
-            greedy=isinstance(policy, ScopePolicy),
+            projects_kept=policy.features in (FeatureSource.HIDDEN, FeatureSource.KEYS) or plain,
+            greedy=isinstance(policy, ScopePolicy | DivprunePolicy | CdprunerUnconditionalPolicy),
         ),
         decoder=DecoderShape(
             width=decoder.width,

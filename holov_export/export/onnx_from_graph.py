@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import logging
 import os
@@ -47,7 +48,7 @@ def onnx_from_graph(module: LlavaVision | PlainVision, plan: ExportPlan) -> ir.M
     budget = _axis(model.graph.outputs[0], 1)
     clean(model, {batch: "batch", budget: "budget"})
     model.producer_name, model.producer_version = "holov-export", __version__
-    model.graph.name = f"{plan.model.family}-vision-{plan.policy.method}"
+    model.graph.name = f"{plan.model.family}-vision-{plan.method}"
     _assert_signature(model, plan, inputs, outputs)
     return model
 
@@ -73,6 +74,44 @@ def save_vision(model: ir.Model, folder: Path) -> Path:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
     return path
+
+
+def save_beside(model: ir.Model, folder: Path, file: str) -> Path:
+    """Write a further graph into a folder that has `vision.onnx`: it names the weights of that one's file.
+
+    A weight is found by its bytes, not by its name. What is not there (the rule's own tables) is written into the
+    graph itself.
+    """
+    shared = _weights_in(folder)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None:
+            continue
+        found = shared.get(_key_of(tensor))
+        if found is not None:
+            value.const_value = ir.ExternalTensor(
+                found.location,
+                found.offset,
+                found.length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=value.name or "",
+                base_dir=folder,
+            )
+    path = folder / file
+    ir.save(model, path)
+    return path
+
+
+def _weights_in(folder: Path) -> dict[tuple[str, str, bytes], ir.ExternalTensor]:
+    """The tensors of the weight file beside `vision.onnx`, by what they are."""
+    values = ir.load(folder / VISION).graph.initializers.values()
+    tensors = [value.const_value for value in values]
+    return {_key_of(tensor): tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+
+
+def _key_of(tensor: ir.TensorProtocol) -> tuple[str, str, bytes]:
+    return tensor.dtype.name, str(tensor.shape), hashlib.sha256(tensor.tobytes()).digest()
 
 
 def forget_graph(model: ir.Model) -> None:

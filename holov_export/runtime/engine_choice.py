@@ -36,16 +36,17 @@ def checked_engine(
 def graph_hashes(bundle: Bundle) -> tuple[str, str]:
     """sha256 of the bundle's graph and of its weights, as engines record them."""
     hashes = {item.path: item.sha256 for item in bundle.manifest.artifacts}
-    return hashes[VISION], hashes.get(_WEIGHTS, "")  # a small graph holds its weights itself
+    return hashes[bundle.graph], hashes.get(_WEIGHTS, "")  # a small graph holds its weights itself
 
 
 def _chosen(bundle: Bundle, gpu: Gpu, tensorrt: str, target: str | None) -> Engine:
     """The engine of that name, or the only one that fits. The error says which exist and why they do not fit."""
-    engines = engines_in(bundle.folder / ENGINES)
+    of_graph = f" --method {bundle.method}" if not bundle.is_default else ""
+    engines = _of_graph(engines_in(bundle.folder / ENGINES), bundle)
     if not engines:
         raise EngineError(
-            f"the bundle '{bundle.folder.name}' has no engine.",
-            hint=f"Build one: holov-export compile {bundle.folder} --target {target or 'TARGET'}",
+            f"the bundle '{bundle.folder.name}' has no engine{f' for {bundle.method}' if of_graph else ''}.",
+            hint=f"Build one: holov-export compile {bundle.folder} --target {target or 'TARGET'}{of_graph}",
         )
     if target is not None:
         named = [engine for engine in engines if engine.record.target == target or engine.folder.name == target]
@@ -53,7 +54,7 @@ def _chosen(bundle: Bundle, gpu: Gpu, tensorrt: str, target: str | None) -> Engi
             return named[0]
         raise EngineError(
             f"the bundle has no engine for '{target}'; it has {', '.join(engine.record.target for engine in engines)}.",
-            hint=f"Build it: holov-export compile {bundle.folder} --target {target}",
+            hint=f"Build it: holov-export compile {bundle.folder} --target {target}{of_graph}",
         )
     reasons = {engine.folder.name: _misfit(engine, gpu, tensorrt) for engine in engines}
     fitting = [engine for engine in engines if reasons[engine.folder.name] is None]
@@ -66,6 +67,13 @@ def _chosen(bundle: Bundle, gpu: Gpu, tensorrt: str, target: str | None) -> Engi
         "no engine of the bundle fits: " + " ".join(str(reason) for reason in reasons.values()),
         hint="Compile the bundle on this machine: holov-export compile BUNDLE",
     )
+
+
+def _of_graph(engines: list[Engine], bundle: Bundle) -> list[Engine]:
+    """The engines without those of the bundle's other graphs. One of a graph that is not here any more stays in."""
+    hashes = {item.path: item.sha256 for item in bundle.manifest.artifacts}
+    others = {graph for path, graph in hashes.items() if path.endswith(".onnx") and path != bundle.graph}
+    return [engine for engine in engines if engine.record.graph_sha256 not in others]
 
 
 def _misfit(engine: Engine, gpu: Gpu, tensorrt: str) -> str | None:

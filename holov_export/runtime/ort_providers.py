@@ -148,7 +148,8 @@ def _cache_folder(bundle: Bundle) -> Path:
     """$XDG_CACHE_HOME/holov-export/onnxruntime/<hash of the graph>: an engine must not outlive its graph."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     hashes = {item.path: item.sha256 for item in bundle.manifest.artifacts}
-    key = hashlib.sha256("".join(hashes.get(name, "") for name in (VISION, f"{VISION}.data")).encode()).hexdigest()[:16]
+    both = "".join(hashes.get(name, "") for name in (bundle.graph, f"{VISION}.data"))
+    key = hashlib.sha256(both.encode()).hexdigest()[:16]
     folder = base / "holov-export" / "onnxruntime" / key
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from holov_export.errors import BudgetError
+from holov_export.spec import ExportPlan
 from holov_export.tensors import Int64Array, PixelBatch, VisualTokens
 
 if TYPE_CHECKING:
@@ -94,7 +95,12 @@ def joined(parts: Sequence[VisualTokens]) -> VisualTokens:
     )
 
 
-def default_budget(tokens: int) -> int:
+def default_budget(plan: ExportPlan) -> int:
+    """Tokens of an image when nobody says: the plan's, or a ninth."""
+    return plan.budget or a_ninth(plan.model.vision.tokens)
+
+
+def a_ninth(tokens: int) -> int:
     """One ninth of N, rounded, at least 1: 64 of 576, 16 of 144. Source: arXiv 2510.02912, the 88.9 % setting."""
     return max(1, round(tokens / 9))
 
@@ -111,14 +117,14 @@ def checked_budget(budget: int, tokens: int) -> int:
     return value
 
 
-def chosen_budget(budget: int | None, quota: Sequence[int] | None, tokens: int) -> int:
-    """`budget` checked; where it is None the largest quota, and without quotas the default.
+def chosen_budget(budget: int | None, quota: Sequence[int] | None, tokens: int, usual: int) -> int:
+    """`budget` checked; where it is None the largest quota, and without quotas the usual one.
 
     Raises:
         BudgetError: names the range, or a quota that is no integer.
     """
     if budget is None:
-        budget = max(_quotas(quota), default=default_budget(tokens)) if quota is not None else default_budget(tokens)
+        budget = max(_quotas(quota), default=usual) if quota is not None else usual
     return checked_budget(budget, tokens)
 
 

@@ -79,6 +79,7 @@ class Session:
         cls,
         bundle: str | Path | Bundle,
         *,
+        method: str | None = None,
         decoder: str | Decoder = "genai",
         engine: str = "ort",
         target: str | None = None,
@@ -92,6 +93,7 @@ class Session:
 
         Args:
             bundle: its folder, or one that `open_bundle` has opened.
+            method: which of its vision graphs runs, as `bundle.methods` names them; None for the default one.
             decoder: "genai" (embedded in the bundle), "hf" (transformers, needs `checkpoint`), "none", or your own.
                 It is loaded when the first answer is asked for.
             engine: of the vision graph: "ort" (ONNX Runtime) or "tensorrt" (the bundle's compiled engine).
@@ -104,11 +106,12 @@ class Session:
 
         Raises:
             BundleError, IntegrityError: see `open_bundle`.
-            UnknownNameError: no such decoder, engine or provider.
+            UnknownNameError: no such method, decoder, engine or provider.
             EngineError: no compiled engine fits this machine.
             EnvironmentFaultError: this machine lacks what was asked for.
         """
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=verify)
+        opened = opened if method is None else opened.of_method(method)
         # the TensorRT provider is one for the vision graph; decoders have none
         make_decoder = decoder_maker(
             decoder, opened, "auto" if provider == "tensorrt" else provider, threads, checkpoint
@@ -120,8 +123,8 @@ class Session:
 
     @property
     def default_budget(self) -> int:
-        """Tokens of an image when no budget is given: a ninth of all."""
-        return default_budget(self._runner.tokens)
+        """Tokens of an image when no budget is given: the bundle's own, or a ninth of all."""
+        return default_budget(self.bundle.manifest.plan)
 
     @property
     def name(self) -> str:
@@ -229,6 +232,27 @@ class Session:
             for text, group in zip(texts, groups, strict=True)
         ]
 
+    def answer(
+        self, rows: Sequence[FloatArray], prompt: str, *, sampling: SamplingSettings = GREEDY, raw: bool = False
+    ) -> Generation:
+        """Answer from rows that `see` or a runner has made: several questions about an image that is seen once.
+
+        Args:
+            rows: float [count, D] of each image.
+            prompt, sampling, raw: as of `ask`.
+
+        Returns:
+            an answer whose timings begin at the stitching.
+
+        Raises:
+            PromptError, UsageError: the request is wrong.
+        """
+        self._check_open()
+        check_sampling(sampling)
+        text = self._text(prompt, len(rows), raw)
+        self.decoder  # noqa: B018  loading it is no stage of an answer
+        return self._answer(text, rows, sampling, _Stages(preprocess=0.0, vision=0.0), None)
+
     def _text(self, prompt: str, images: int, raw: bool) -> str:
         if raw and not prompt.strip():
             raise PromptError("the prompt is empty.")
@@ -241,7 +265,7 @@ class Session:
 
     def _prepared(self, images: Sequence[ImageSource], budget: int | None, quota: Sequence[int] | None) -> _Prepared:
         self._check_open()
-        budget = chosen_budget(budget, quota, self._runner.tokens)
+        budget = chosen_budget(budget, quota, self._runner.tokens, self.default_budget)
         quota_array(quota, budget, len(images))
         began = perf_counter()
         pixels = pixels_from_images(images, self.bundle.manifest.plan.model.image)

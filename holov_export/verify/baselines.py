@@ -63,7 +63,7 @@ def baseline_of(
     """
     if kind not in BASELINES:
         raise UnknownNameError(f"unknown baseline '{kind}'.", hint=f"Known: {', '.join(BASELINES)}.")
-    plan = bundle.manifest.plan.model_copy(update={"policy": BASELINES[kind], "decoder": None})
+    plan = bundle.manifest.plan.model_copy(update={"policy": BASELINES[kind], "cuts": (), "also": (), "decoder": None})
     tell(f"export the baseline '{kind}' ({plan.precision.value})")
     with atomic_folder(output, overwrite=overwrite) as work:
         _write_graph(plan, checkpoint, work)
@@ -93,7 +93,7 @@ def _write_graph(plan: ExportPlan, checkpoint: Path, work: Path) -> None:
         module = (
             plain_from_checkpoint(plan.model, reader, plan.precision)
             if plan.policy.method == "none"
-            else vision_from_checkpoint(plan.model, plan.policy, reader, plan.precision)
+            else vision_from_checkpoint(plan.model, plan.policy, reader, plan.precision, plan.cuts)
         )
     model = onnx_from_graph(module, plan)
     save_vision(model, work)

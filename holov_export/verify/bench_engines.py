@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from holov_export.bundle import VISION, Bundle
+from holov_export.bundle import Bundle
 from holov_export.errors import UnknownNameError
 from holov_export.runtime.runner import Runner, checked_budget
 from holov_export.runtime.runner_ort import OrtRunner
@@ -100,7 +100,7 @@ def contestant_info(
 ) -> ContestantInfo:
     """What a report says of a contestant."""
     plan = bundle.manifest.plan
-    known = next((item.sha256 for item in bundle.manifest.artifacts if item.path == VISION), None)
+    known = next((item.sha256 for item in bundle.manifest.artifacts if item.path == bundle.graph), None)
     return ContestantInfo(
         label=label,
         bundle=bundle.folder.name,

@@ -14,8 +14,11 @@ def operations_of(plan: ExportPlan, budget: int) -> int:
     """Operations for one picture at K = `budget`: 0.37e12 for LLaVA-1.5 at 64 of 576 tokens.
 
     A rule that decides from the CLS row alone runs the feature layer's queries, output projection and MLP, and the
-    projector, for K rows. A rule that reads features runs them for all; a plain graph selects nothing.
+    projector, for K rows. A rule that reads features runs them for all; a plain graph selects nothing. Behind a cut
+    inside the tower the layers run for what the cut keeps and CLS.
     """
+    if plan.cuts:
+        return _operations_with_cuts(plan, budget)
     selects = plan.policy.method != "none"
     early = selects and plan.policy.features is FeatureSource.NONE
     tokens = plan.model.vision.tokens
@@ -47,6 +50,22 @@ def encoder_operations(spec: ModelSpec, *, last_rows: int, projected: int, cls_r
     saliency = linear + length * width if cls_row else 0
     projector = projected * (width * spec.decoder.width + spec.decoder.width**2)
     return 2 * (patches + vision.feature_layer * whole + last + saliency + projector)
+
+
+def _operations_with_cuts(plan: ExportPlan, budget: int) -> int:
+    vision, width = plan.model.vision, plan.model.decoder.width
+    early = plan.policy.features is FeatureSource.NONE
+    kept = {cut.layer: min(max(budget, cut.keep or budget), vision.tokens) for cut in plan.cuts}
+    linear, mlp, rows = vision.width**2, 2 * vision.width * vision.mlp_width, vision.tokens + 1
+    total = vision.tokens * vision.channels * vision.patch_size**2 * vision.width
+    for layer in range(vision.feature_layer + 1):
+        if layer not in kept:
+            total += _layer(rows, rows, linear, mlp, vision.width)
+            continue
+        left = kept[layer] + (layer < vision.feature_layer)  # CLS stays for the layers behind
+        total += _layer(rows, left if early else rows, linear, mlp, vision.width) + linear + rows * vision.width
+        rows = left
+    return 2 * (total + budget * (vision.width * width + width**2))
 
 
 def _layer(length: int, rows: int, linear: int, mlp: int, width: int) -> int:

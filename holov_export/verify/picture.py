@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,44 +31,62 @@ class Panel:
     """One rule's result on one picture.
 
     Attributes:
-        policy: the rule. positions: kept, without padding. zero_rows: rows that the rule filled with zeros.
+        method: name of the graph or rule. policy: the rule.
+        positions: kept, without padding and without CLS. zero_rows: rows that the rule filled with zeros.
     """
 
+    method: str
     policy: SelectionPolicy
     positions: Int64Array
     zero_rows: int
 
 
 def panels_from_bundle(
-    bundle: Bundle, runner: Runner, source: str | Path, budget: int, methods: Sequence[str]
+    bundle: Bundle,
+    open_runner: Callable[[Bundle], Runner],
+    source: str | Path,
+    budget: int,
+    methods: Sequence[str],
 ) -> tuple[Image.Image, CropBox, list[Panel]]:
-    """Run the bundle's graph on a picture; other rules decide from the same saliency.
+    """Run the bundle's graphs on a picture; rules that it does not hold decide from the same saliency.
+
+    Args:
+        open_runner: makes the runner of one of the bundle's graphs.
+        budget: K. methods: names of graphs, or of rules that read no features.
 
     Returns:
         (upright picture, the part of it that the tower sees, one panel a method).
 
     Raises:
-        UsageError: a method that reads features and is not the bundle's own.
+        UsageError: a method that the bundle has no graph for and that reads features.
     """
-    plan = bundle.manifest.plan
+    model = bundle.manifest.plan.model
     picture = image_from(source)
-    pixels = pixels_from_images([picture], plan.model.image)
-    budget = checked_budget(budget, plan.model.vision.tokens)
-    seen = runner.run(pixels, budget, saliency=True)
-    assert seen.saliency is not None
-    panels = []
+    pixels = pixels_from_images([picture], model.image)
+    budget = checked_budget(budget, model.vision.tokens)
+    panels, saliency = [], None
     for method in methods:
-        if method == plan.policy.method:
-            policy, kept = plan.policy, seen.positions[0, : int(seen.counts[0])]
+        if method in bundle.methods:
+            view = bundle.of_method(method)
+            with open_runner(view) as runner:
+                seen = runner.run(pixels, budget, saliency=True)
+            policy, kept = view.manifest.plan.policy, seen.positions[0, : int(seen.counts[0])]
         else:
             policy = policy_from_settings(method)
             if policy.features is not FeatureSource.NONE:
                 raise UsageError(
                     f"'{method}' reads features that this bundle does not give.",
-                    hint=f"Export one with --method {method} and show that.",
+                    hint=f"Export the bundle with --method {','.join([*bundle.methods, method])}.",
                 )
-            kept = positions_of(policy, seen.saliency[0], budget, plan.model.vision.grid)
-        panels.append(Panel(policy, kept[kept >= 0], int((kept < 0).sum())))
+            if saliency is None:
+                plain = next((name for name in bundle.methods if "@" not in name), bundle.method)
+                with open_runner(bundle.of_method(plain)) as runner:
+                    seen = runner.run(pixels, budget, saliency=True)
+                assert seen.saliency is not None
+                saliency = seen.saliency[0]
+            kept = positions_of(policy, saliency, budget, model.vision.grid)
+        patches = kept[(kept >= 0) & (kept < model.vision.tokens)]
+        panels.append(Panel(method, policy, patches, int((kept < 0).sum())))
     return picture, pixels.boxes[0], panels
 
 
@@ -89,7 +107,7 @@ def picture_of_panels(
     drawn = [(f"what the tower sees: {total} tokens", seen)]
     for panel in panels:
         zeros = f", {panel.zero_rows} zero rows" if panel.zero_rows else ""
-        caption = f"{panel.policy.method}: {len(panel.positions)} of {total}{zeros}"
+        caption = f"{panel.method}: {len(panel.positions)} of {total}{zeros}"
         drawn.append((caption, _lit(seen, panel, grid)))
     canvas = Image.new("RGB", (len(drawn) * (seen.width + _GAP) - _GAP, seen.height + _CAPTION), (24, 24, 24))
     for index, (caption, image) in enumerate(drawn):

@@ -41,7 +41,8 @@ from holov_export.policies import HolovPolicy  # noqa: E402
 from holov_export.spec import ModelSpec, Precision  # noqa: E402
 from holov_export.verify.bench import Case, OnDevice, measure, warm_up  # noqa: E402
 from holov_export.verify.operations import encoder_operations  # noqa: E402
-from holov_export.vision.clip import LlavaVision, take_rows, vision_from_checkpoint  # noqa: E402
+from holov_export.vision.clip import LlavaVision, vision_from_checkpoint  # noqa: E402
+from holov_export.vision.clip_layers import take_rows  # noqa: E402
 
 #: words of a short question in LLaVA-1.5's template, in tokens
 TEXT_TOKENS = 35
@@ -186,7 +187,7 @@ class FixedBudget(nn.Module):
         x, layer = tower.before_feature_layer(pixels), tower.feature_layer
         normed, keys, values = layer.keys_and_values(x)
         saliency = layer.saliency(normed, keys)
-        positions, counts = self.vision.selection(saliency, None, quota, asked)
+        positions, counts, _ = self.vision.selection(saliency, None, quota, asked)
         positions = positions[:, : self.budget]
         index = positions.clamp_min(0) + 1
         hidden = layer.rows(take_rows(x, index), take_rows(normed, index), keys, values)

@@ -15,7 +15,7 @@ from toys import toy_tokens, write_toy_bundle
 from holov_export.bundle import Bundle
 from holov_export.errors import BudgetError, EnvironmentFaultError, ImageError, UnknownNameError
 from holov_export.runtime.preprocess import pixels_from_images
-from holov_export.runtime.runner import Runner, checked_budget, chosen_budget, default_budget, quota_array
+from holov_export.runtime.runner import Runner, a_ninth, checked_budget, chosen_budget, quota_array
 from holov_export.runtime.runner_ort import OrtRunner
 from holov_export.spec import ModelSpec, Precision
 from holov_export.tensors import PixelBatch
@@ -32,29 +32,29 @@ def pixels(photographs: list[Image.Image], llava_spec: ModelSpec) -> PixelBatch:
 
 
 @pytest.mark.parametrize(("tokens", "budget"), [(576, 64), (144, 16), (64, 7), (4, 1), (1, 1)])
-def test_default_budget_is_a_ninth(tokens: int, budget: int) -> None:
-    assert default_budget(tokens) == budget
+def test_a_ninth_is_a_ninth(tokens: int, budget: int) -> None:
+    assert a_ninth(tokens) == budget
 
 
 @pytest.mark.parametrize("quota", [[3, 11, 5], (3, 11, 5), np.array([3, 11, 5]), np.array([3, 11, 5], np.uint8)])
 def test_the_budget_is_the_largest_quota(quota: object) -> None:
-    assert chosen_budget(None, quota, 64) == 11  # type: ignore[arg-type]
-    assert chosen_budget(20, quota, 64) == 20  # type: ignore[arg-type]
+    assert chosen_budget(None, quota, 64, 7) == 11  # type: ignore[arg-type]
+    assert chosen_budget(20, quota, 64, 7) == 20  # type: ignore[arg-type]
     assert quota_array(quota, 20, 3).tolist() == [3, 11, 5]  # type: ignore[arg-type]
 
 
 def test_the_budget_without_a_quota() -> None:
     for none in (None, [], np.array([], np.int64)):
-        assert chosen_budget(None, none, 64) == 7  # type: ignore[arg-type]
+        assert chosen_budget(None, none, 64, 7) == 7  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match=r"the budget is 65, it must be in 1\.\.64"):
-        chosen_budget(None, [3, 65], 64)
+        chosen_budget(None, [3, 65], 64, 7)
 
 
 @pytest.mark.parametrize("quota", [5, np.int64(5), np.array(5), ["a"], [3, None], np.array([[3], [4]]), [1.5]])
 def test_quotas_that_are_none(quota: object) -> None:
     for budget in (None, 8):
         with pytest.raises(BudgetError, match="must be"):
-            quota_array(quota, chosen_budget(budget, quota, 64), 1)  # type: ignore[arg-type]
+            quota_array(quota, chosen_budget(budget, quota, 64, 7), 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("budget", [0, -1, 65, 10**9])

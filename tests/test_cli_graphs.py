@@ -1,0 +1,120 @@
+"""The command line with several graphs in one bundle, and with cuts inside the tower."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from holov_export.cli import run
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def bundle(llava_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("graphs") / "bundle"
+    wanted = [
+        "--method",
+        "holov,scope",
+        "--method",
+        "cls-topk@0:30,2:7",
+        "--set",
+        "scope.alpha=0.5",
+        "--set",
+        "crops=8",
+    ]
+    assert run(["--model", str(llava_checkpoint), "-o", str(out), *wanted]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory, photographs: list[Image.Image]) -> Path:
+    path = tmp_path_factory.mktemp("photo") / "coffee.jpg"
+    photographs[1].save(path)
+    return path
+
+
+def test_the_plan_holds_all_graphs(bundle: Path, capsys: Capture) -> None:
+    assert run(["inspect", str(bundle), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan["policy"] == {"method": "holov", "crops": 8, "layout": "strips"}
+    scope, cut = plan["also"]
+    assert scope == {"policy": {"method": "scope", "alpha": 0.5}, "cuts": []}
+    assert cut["policy"]["method"] == "cls-topk"
+    assert cut["cuts"] == [{"layer": 0, "keep": 30}, {"layer": 2, "keep": None}]
+    assert run(["inspect", str(bundle)]) == 0
+    text = capsys.readouterr().out
+    assert "cuts at 0:30,2" in text
+    assert "alpha=0.5" in text
+
+
+def test_ask_takes_a_method(bundle: Path, photo: Path, capsys: Capture) -> None:
+    answers = {}
+    for method in ("holov", "scope", "cls-topk@0:30,2"):
+        assert run(["ask", str(bundle), str(photo), "what?", "--method", method, "--budget", "5", "--json"]) == 0
+        answers[method] = json.loads(capsys.readouterr().out)
+        assert answers[method]["visual_tokens"] == [5]
+    assert run(["ask", str(bundle), str(photo), "what?", "--budget", "5", "--json"]) == 0
+    usual = json.loads(capsys.readouterr().out)
+    assert usual["token_ids"] == answers["holov"]["token_ids"]
+    assert run(["ask", str(bundle), str(photo), "what?", "--method", "divprune"]) == 2
+    assert "no graph for 'divprune'; it has holov, scope, cls-topk@0:30,2" in capsys.readouterr().err
+
+
+def test_verify_compares_every_graph(bundle: Path, llava_checkpoint: Path, capsys: Capture) -> None:
+    assert run(["verify", str(bundle), "--checkpoint", str(llava_checkpoint), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [report["method"], *(item["method"] for item in report["also"])] == ["holov", "scope", "cls-topk@0:30,2"]
+    assert report["decoder"] is not None
+    assert all(item["decoder"] is None for item in report["also"])
+    assert any("drops tokens on the way" in reason for reason in report["also"][1]["skipped"])
+    arguments = ["verify", str(bundle), "--checkpoint", str(llava_checkpoint), "--method", "scope", "--json"]
+    assert run(arguments) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["method"] == "scope"
+    assert "also" not in alone
+
+
+def test_show_draws_graphs_and_rules(bundle: Path, photo: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "kept.png"
+    methods = "holov,scope,cls-topk@0:30,2,uniform"
+    assert run(["show", str(bundle), str(photo), "--methods", methods, "--budget", "9", "-o", str(out)]) == 0
+    assert Image.open(out).width > 4 * 480
+    assert run(["show", str(bundle), str(photo), "--methods", "divprune", "-o", str(out)]) == 2
+    assert "reads features that this bundle does not give" in capsys.readouterr().err
+
+
+def test_compile_plans_a_graph(bundle: Path, capsys: Capture) -> None:
+    arguments = ["compile", str(bundle), "--target", "h200", "--dry-run", "--json", "--method", "scope"]
+    assert run(arguments) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert "vision-scope.onnx" in json.dumps(made)
+    assert "engines/h200-scope" in json.dumps(made)
+
+
+def test_a_schedule_names_the_usual_budget(llava_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    arguments = ["--model", str(llava_checkpoint), "-o", str(tmp_path / "b"), "--select-layer", "0:30,2:7", "--dry-run"]
+    assert run(arguments) == 0
+    text = capsys.readouterr().out
+    assert "cuts at 0:30,2" in text
+    assert "7 tokens of an image" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--method", "scope,nonsense"], "unknown method 'nonsense'"),
+        (["--method", "holov", "--set", "scope.alpha=1"], "'scope' is not among the methods"),
+        (["--method", "holov,scope", "--set", "alpha=1"], "settings of 'holov' are wrong"),
+        (["--select-layer", "7"], "behind the feature layer"),
+        (["--method", "holov-official", "--select-layer", "1"], "feature layer only"),
+        (["--method", "holov,holov"], "same name"),
+        (["--method", ""], "unknown method ''"),
+    ],
+)
+def test_requests_that_are_refused(arguments: list[str], reason: str, llava_checkpoint: Path, capsys: Capture) -> None:
+    assert run(["--model", str(llava_checkpoint), *arguments, "--dry-run"]) == 2
+    assert reason in capsys.readouterr().err
