@@ -73,12 +73,15 @@ def _register() -> None:
     from holov_export.cli.bench import bench_command
     from holov_export.cli.check import check, lower
     from holov_export.cli.compile import compile_engine
+    from holov_export.cli.evaluate import evaluate
     from holov_export.cli.export import export
     from holov_export.cli.look import doctor, inspect, methods, models, verify
+    from holov_export.cli.recommend import recommend
     from holov_export.cli.targets import estimate_command, targets
 
     for command in (
         *(export, ask, show, inspect, verify),
+        *(evaluate, recommend),
         *(check, lower, compile_engine, bench_command),
         *(estimate_command, targets),
         *(doctor, models, methods),
