@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError
 from holov_export import storage
 from holov_export.errors import BundleError, IntegrityError, StorageError, UnknownNameError
 from holov_export.policies import Frozen
-from holov_export.spec import ExportPlan
+from holov_export.spec import ExportPlan, GraphPlan
 from holov_export.storage import FolderKind, sha256_of
 
 #: of manifest.json; 3 since the plan can hold several graphs
@@ -85,18 +85,23 @@ class Bundle:
 
     Attributes:
         manifest: of the folder; in a view (`of_method`) its plan is that of the one graph.
-        methods: names of all vision graphs of the folder, the default one first.
+        graphs: all vision graphs of the folder, the default one first; made from the manifest.
         graph: file name of the vision graph that this object stands for.
     """
 
     folder: Path
     manifest: Manifest
-    methods: tuple[str, ...] = ()
+    graphs: tuple[GraphPlan, ...] = ()
     graph: str = VISION
 
     def __post_init__(self) -> None:
-        if not self.methods:
-            object.__setattr__(self, "methods", tuple(graph.name for graph in self.manifest.plan.graphs))
+        if not self.graphs:
+            object.__setattr__(self, "graphs", self.manifest.plan.graphs)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of all vision graphs of the folder, the default one first."""
+        return tuple(graph.name for graph in self.graphs)
 
     @property
     def method(self) -> str:
@@ -113,14 +118,14 @@ class Bundle:
         return self.graph == VISION
 
     def of_method(self, name: str) -> Bundle:
-        """The same bundle with another of its vision graphs.
+        """The same bundle with another of its vision graphs; of a view as well.
 
         Raises:
             UnknownNameError: it holds no such graph; names those that it holds.
         """
-        for graph in self.manifest.plan.graphs:
+        for graph in self.graphs:
             if graph.name == name:
-                file = self.graph if graph.name == self.method else graph_file(name)
+                file = VISION if graph == self.graphs[0] else graph_file(name)
                 plan = self.manifest.plan.of_graph(graph)
                 return replace(self, manifest=self.manifest.model_copy(update={"plan": plan}), graph=file)
         raise UnknownNameError(

@@ -71,7 +71,7 @@ class EngineRecord(Frozen):
 
     Attributes:
         target: name of the target that it was compiled for.
-        graph_sha256: of the bundle's vision.onnx. weights_sha256: of its vision.onnx.data.
+        graph_sha256: of the bundle's graph: vision.onnx, or a further one. weights_sha256: of its vision.onnx.data.
         opset: of the graph as TensorRT got it.
         sha256, bytes: of vision.engine.
         build_seconds: wall time of the build.

@@ -79,7 +79,8 @@ class ExportRequest:
     Attributes:
         model: a catalogue name, a directory or OWNER/REPO[@REVISION].
         policy: the rule of the graph that runs unless another one is asked for.
-        select_layer: where in the tower it cuts, as `spec.cuts_from_text` reads it; None for the feature layer.
+        select_layer: where in the tower it cuts, as `spec.cuts_from_text` reads it; None for the feature layer. A
+            budget that it names, or that of a further graph, is the bundle's.
         also: further graphs over the same weights.
         output: folder of the bundle; None means MODEL-METHOD-PRECISION in the working directory.
         decoder: precision of the embedded decoder; None leaves it out.
@@ -128,17 +129,13 @@ def plan_from_request(request: ExportRequest) -> tuple[ExportPlan, Path]:
         revision=checkpoint.source.revision,
         config_sha256=config_sha256(checkpoint.folder),
     )
-    graph, budget = _graph_from_request(GraphRequest(request.policy, request.select_layer), spec)
-    also = tuple(_graph_from_request(further, spec)[0] for further in request.also)
-    names = [graph.name, *(further.name for further in also)]
-    if len(set(names)) < len(names):
-        raise UsageError(f"two graphs have the same name: {', '.join(names)}.", hint="Name each rule once.")
+    (graph, *also), budget = _graphs_from_request(request, spec)
     plan = ExportPlan(
         model=spec,
         source=source,
         policy=graph.policy,
         cuts=graph.cuts,
-        also=also,
+        also=tuple(also),
         budget=budget,
         precision=request.precision,
         decoder=request.decoder,
@@ -148,6 +145,26 @@ def plan_from_request(request: ExportRequest) -> tuple[ExportPlan, Path]:
     output = request.output or Path(f"{spec.name}-{_file_name(plan.method)}-{request.precision.value}")
     check_target(output.absolute(), overwrite=request.overwrite)
     return plan, output.absolute()
+
+
+def _graphs_from_request(request: ExportRequest, spec: ModelSpec) -> tuple[list[GraphPlan], int | None]:
+    """(all graphs, the budget that their schedules name).
+
+    Raises:
+        UsageError: see `_graph_from_request`; two have the same name, or name different budgets.
+    """
+    asked = (GraphRequest(request.policy, request.select_layer), *request.also)
+    found = [_graph_from_request(further, spec) for further in asked]
+    names = [graph.name for graph, _ in found]
+    if len(set(names)) < len(names):
+        raise UsageError(f"two graphs have the same name: {', '.join(names)}.", hint="Name each rule once.")
+    budgets = {budget for _, budget in found if budget is not None}
+    if len(budgets) > 1:
+        raise UsageError(
+            f"the graphs name different budgets: {', '.join(map(str, sorted(budgets)))}.",
+            hint="A bundle has one usual budget; name it behind the last layer of one graph.",
+        )
+    return [graph for graph, _ in found], next(iter(budgets), None)
 
 
 def _graph_from_request(request: GraphRequest, spec: ModelSpec) -> tuple[GraphPlan, int | None]:

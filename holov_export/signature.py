@@ -41,7 +41,8 @@ def vision_signature(
 
     `budget` is a shape value ([1], the size K of the token axis, clamped to 1..N in the graph); `quota` is data
     ([B], tokens wanted for each image, clamped to 1..K). Rows of `visual_tokens` at and past an image's count are
-    zero, `positions` are -1 there. Whatever decides which tokens stay is float32 in every precision.
+    zero, `positions` are -1 there; N is the CLS token, which `visionzip` keeps. Whatever decides which tokens stay is
+    float32 in every precision.
     """
     inputs = (
         TensorSpec(PIXEL_VALUES, dtype, ("batch", 3, image_size, image_size)),

@@ -152,7 +152,8 @@ class Cut(Frozen):
 
     Attributes:
         layer: 0-based index of the encoder layer.
-        keep: tokens that stay, at least the budget; None for the budget itself, which is what the last cut keeps.
+        keep: tokens that stay, or the budget if that is larger, the same of every picture of a batch; None for the
+            budget itself, which is what the last cut keeps.
     """
 
     layer: int = Field(ge=0)
@@ -178,10 +179,6 @@ class GraphPlan(Frozen):
     def name(self) -> str:
         """What `--method` calls it: "scope", "holov@12", "holov@12:256,22"."""
         return graph_name(self.policy, self.cuts)
-
-    def layers(self, vision: VisionSpec) -> tuple[Cut, ...]:
-        """The cuts, the usual one included."""
-        return self.cuts or (Cut(layer=vision.feature_layer),)
 
 
 def graph_name(policy: SelectionPolicy, cuts: tuple[Cut, ...]) -> str:
@@ -217,7 +214,8 @@ def cuts_from_text(text: str, vision: VisionSpec) -> tuple[tuple[Cut, ...], int 
         (cuts, empty for the usual place; the number behind the last layer, which is the budget when none is asked for).
 
     Raises:
-        ValueError: it does not parse, or a layer does not exist or is behind the feature layer.
+        ValueError: it does not parse, a layer does not exist or is behind the feature layer, or the number behind the
+            last layer is larger than one before.
     """
     cuts: list[Cut] = []
     for part in text.split(","):
@@ -230,6 +228,8 @@ def cuts_from_text(text: str, vision: VisionSpec) -> tuple[tuple[Cut, ...], int 
             raise ValueError(f"{keep} tokens are outside 1..{vision.tokens}")
         cuts.append(Cut(layer=int(layer), keep=int(keep) if colon else None))
     budget, last = cuts[-1].keep, Cut(layer=cuts[-1].layer)
+    if budget is not None and any(cut.keep is not None and cut.keep < budget for cut in cuts[:-1]):
+        raise ValueError("a later cut cannot keep more tokens than an earlier one")
     if len(cuts) == 1 and last.layer == vision.feature_layer:
         return (), budget
     return (*cuts[:-1], last), budget

@@ -52,7 +52,7 @@ class VisualTokens:
 
     Attributes:
         tokens: float [B, K, D]; rows at and past an image's count are zero.
-        positions: int64 [B, K], raster index of each kept token among N; -1 where there is none.
+        positions: int64 [B, K], raster index of each kept token among N; -1 where there is none, N for the CLS token.
         counts: int64 [B], real rows of each image.
         saliency: float32 [B, N], or None when the runner was not asked for it.
     """

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write what documentation takes from code and from benchmark results.
 
-    python scripts/update_docs.py           rewrite docs/cli.md, docs/estimates.md, the schema of engine targets and
-                                            the marked blocks of README.md and docs/benchmarks.md
+    python scripts/update_docs.py           rewrite docs/cli.md, docs/demo-answers.md, docs/estimates.md, the schema of
+                                            engine targets and the marked blocks of README.md and of other documents
     python scripts/update_docs.py --check   exit code 1 if any of them is out of date
 
 A block lies between `<!-- NAME:start -->` and `<!-- NAME:end -->`. Numbers come from benchmarks/results
@@ -26,6 +26,15 @@ from holov_export.verify.bench_report import markdown_table, remarks_of, report_
 
 sys.path.append(str(Path(__file__).parent / "gpu"))
 sys.path.append(str(Path(__file__).parent))
+from answer_tables import (
+    answers_block,
+    answers_document,
+    cuts_block,
+    graphs_block,
+    inside_block,
+    published_block,
+    study_block,
+)
 from check_estimates import document as estimates_document
 from gpu_report import gpu_block
 
@@ -54,9 +63,16 @@ def documents() -> dict[Path, str]:
     for name, block in blocks().items():
         readme = replaced(readme, name, block)
     benchmarks = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    plus = (ROOT / "docs" / "holov-plus.md").read_text(encoding="utf-8")
+    inside = (ROOT / "docs" / "inner-methods.md").read_text(encoding="utf-8")
+    published = (ROOT / "docs" / "published-results.md").read_text(encoding="utf-8")
     return {
         ROOT / "docs" / "cli.md": cli_reference(),
+        ROOT / "docs" / "demo-answers.md": answers_document(),
         ROOT / "docs" / "estimates.md": estimates_document(),
+        ROOT / "docs" / "holov-plus.md": replaced(plus, "study", study_block()),
+        ROOT / "docs" / "inner-methods.md": replaced(inside, "demo-inside", inside_block()),
+        ROOT / "docs" / "published-results.md": replaced(published, "published-answers", published_block()),
         ROOT / "engines" / "target.schema.json": target_schema_text(),
         ROOT / "README.md": readme,
         ROOT / "docs" / "benchmarks.md": replaced(benchmarks, "bench-demo", bench_tables("bench-demo-cpu.json")),
@@ -68,8 +84,11 @@ def blocks() -> dict[str, str]:
     return {
         "demo-output": demo_output(),
         "methods": methods_table(),
-        "demo-answers": answers_table(),
+        "demo-answers": answers_block(),
+        "published-answers": published_block(),
+        "demo-cuts": cuts_block(),
         "encoder": encoder_table(),
+        "graphs": graphs_block(),
         "prefill": prefill_table(),
         "true-size": true_size_table(),
         "gpu": gpu_block(RESULTS),
@@ -110,31 +129,6 @@ def methods_table() -> str:
         when = "early" if policy.features is FeatureSource.NONE else "late"
         lines.append(f"| `{name}` | {policy.summary} | {when} | {policy.source} |")
     return "\n".join(lines)
-
-
-def answers_table() -> str:
-    """Accuracy of the demo model, per rule and budget."""
-    result = read("demo-answers.json")
-    rules: dict[str, dict[str, Any]] = result["rules"]
-    budgets = sorted({int(budget) for row in rules.values() for budget in row}, reverse=True)
-    tokens = budgets[0]
-    heads = " | ".join(f"{budget} ({budget / tokens:.1%})" for budget in budgets)
-    lines = [f"| rule | {heads} |", "|---|" + "---|" * len(budgets)]
-    for label, row in rules.items():
-        cells = []
-        for budget in budgets:
-            cell = row.get(str(budget))
-            if cell is None:
-                cells.append("")
-                continue
-            low, high = cell["interval"]
-            cells.append(f"{100 * cell['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
-        lines.append(f"| `{label}` | " + " | ".join(cells) + " |")
-    note = (
-        f"{result['questions']} questions on {result['scenes']} held-out scenes, % right [95 % interval, bootstrapped "
-        f"over scenes]; ONNX Runtime and GenAI in float32 on {result['machine']['cpu']}, {result['date'][:10]}."
-    )
-    return "\n".join([*lines, "", note])
 
 
 def encoder_table() -> str:

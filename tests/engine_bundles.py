@@ -1,4 +1,4 @@
-"""Bundles around graphs that the compile tests have exported, for the tests that build engines from them."""
+"""Bundles around graphs that the compile tests have exported, and engines that nobody built."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from holov_export.bundle import (
+    ENGINES,
     SCHEMA,
     Bundle,
     GraphTensor,
@@ -16,9 +17,14 @@ from holov_export.bundle import (
     provenance,
     write_manifest,
 )
+from holov_export.engine import ENGINE, BuiltWith, EngineRecord, ShapeProfile, write_record
+from holov_export.engine import SCHEMA as ENGINE_SCHEMA
 from holov_export.policies import policy_from_settings
 from holov_export.signature import vision_signature
 from holov_export.spec import OPSETS, CheckpointSource, ExportPlan, ModelSpec, Precision
+from holov_export.storage import sha256_of
+
+PLAN = b"plan of TensorRT"
 
 
 def bundle_around(graph: Path, folder: Path, model: ModelSpec, precision: Precision, method: str = "holov") -> Bundle:
@@ -50,3 +56,28 @@ def bundle_around(graph: Path, folder: Path, model: ModelSpec, precision: Precis
         )
         write_manifest(work, manifest)
     return open_bundle(folder)
+
+
+def put_engine(bundle: Bundle, target: str, graph: str, weights: str) -> None:
+    """A folder with an engine's record and a plan that is none, built from a graph and weights of these hashes."""
+    folder = bundle.folder / ENGINES / target
+    folder.mkdir(parents=True)
+    (folder / ENGINE).write_bytes(PLAN)
+    built = BuiltWith(
+        tensorrt="10.13.3", cuda="13.0", gpu="NVIDIA H200", sm=90, system="Linux x86_64", network="strongly-typed"
+    )
+    record = EngineRecord(
+        schema_version=ENGINE_SCHEMA,
+        target=target,
+        precision=Precision.FP16,
+        opset=18,
+        profiles=(ShapeProfile(batch=(1, 4, 16), budget=(1, 7, 64)),),
+        graph_sha256=graph,
+        weights_sha256=weights,
+        sha256=sha256_of(folder / ENGINE),
+        bytes=len(PLAN),
+        built_with=built,
+        build_seconds=1.5,
+        created="2026-01-01T00:00:00+00:00",
+    )
+    write_record(folder, record)

@@ -647,6 +647,11 @@ class TestGraphs:
         assert (cut.vision.name, cut.manifest.plan.cuts) == ("vision-holov-1.onnx", (Cut(layer=1),))
         assert several.of_method("holov").is_default
 
+    @pytest.mark.parametrize("name", ["holov", "scope", "holov@1"])
+    def test_a_view_of_a_view(self, several: Bundle, name: str) -> None:
+        for first in several.methods:
+            assert several.of_method(first).of_method(name) == several.of_method(name)
+
     def test_unknown(self, several: Bundle) -> None:
         with pytest.raises(UnknownNameError, match="no graph for 'divprune'; it has holov, scope, holov@1") as caught:
             several.of_method("divprune")

@@ -17,6 +17,7 @@ from evaluation_cases import with_graphs, write_picture, write_questions
 
 from holov_export.bundle import Bundle
 from holov_export.cli import run
+from holov_export.cli.evaluate import command_line
 from holov_export.evaluate.journal import JOURNAL
 from holov_export.evaluate.report import JSON, MARKDOWN, PLOT, evaluation_from_file
 
@@ -60,6 +61,12 @@ def test_tables_on_stdout_the_rest_on_stderr_and_three_files(
     for name in (JSON, MARKDOWN, JOURNAL):
         assert str(tmp_path) not in (out / name).read_text(encoding="utf-8")
     assert {item.kind for item in report.reference.kinds} == {"a", "b"}
+
+
+def test_the_command_in_the_report_names_no_absolute_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = ["evaluate", "/a/b", "d.jsonl", "-o/x/out", "--images=/y/pics", "--metric=vqa", "--suffix", "one / two"]
+    monkeypatch.setattr(sys, "argv", ["holov-export", *line])
+    assert command_line() == ("holov-export evaluate b d.jsonl -oout --images=pics --metric=vqa --suffix 'one / two'")
 
 
 def test_json_alone_is_on_stdout(folder: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from engine_bundles import put_engine
 from PIL import Image
 
+from holov_export.bundle import open_bundle
 from holov_export.cli import run
+from holov_export.runtime.engine_choice import graph_hashes
 
 Capture = pytest.CaptureFixture[str]
 
@@ -45,6 +49,7 @@ def test_the_plan_holds_all_graphs(bundle: Path, capsys: Capture) -> None:
     assert scope == {"policy": {"method": "scope", "alpha": 0.5}, "cuts": []}
     assert cut["policy"]["method"] == "cls-topk"
     assert cut["cuts"] == [{"layer": 0, "keep": 30}, {"layer": 2, "keep": None}]
+    assert plan["budget"] == 7, "named by the last graph's schedule"
     assert run(["inspect", str(bundle)]) == 0
     text = capsys.readouterr().out
     assert "cuts at 0:30,2" in text
@@ -78,6 +83,45 @@ def test_verify_compares_every_graph(bundle: Path, llava_checkpoint: Path, capsy
     assert "also" not in alone
 
 
+def test_verify_compares_rules_that_keep_cls_and_merge(llava_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The CLS token's position is one past transformers' rows, and merged rows are none of them."""
+    out = tmp_path / "bundle"
+    assert run(["--model", str(llava_checkpoint), "-o", str(out), "--method", "visionzip", "--no-decoder"]) == 0
+    capsys.readouterr()
+    assert run(["verify", str(out), "--checkpoint", str(llava_checkpoint), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    pairs = {(item["left"], item["right"]) for item in report["comparisons"]}
+    assert pairs == {("onnxruntime", "torch fp32"), ("torch fp32", "reference")}
+    assert any("merges tokens as 'visionzip' does" in reason for reason in report["skipped"])
+
+
+def test_inspect_knows_the_engines_of_every_graph(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    opened = open_bundle(copy)
+    put_engine(opened, "h200", *graph_hashes(opened))
+    put_engine(opened, "h200-scope", *graph_hashes(opened.of_method("scope")))
+    put_engine(opened, "l4", "0" * 64, "")
+    assert run(["inspect", str(copy), "--json"]) == 0
+    found = {Path(item["engine"]).name: item for item in json.loads(capsys.readouterr().out)["engines"]}
+    known = {name: (item["method"], item["fault"] is None) for name, item in found.items()}
+    assert known == {"h200": ("holov", True), "h200-scope": ("scope", True), "l4": (None, False)}
+    assert run(["inspect", str(copy)]) == 0
+    assert capsys.readouterr().out.count("built from another graph") == 1
+
+
+def test_bench_measures_graphs_side_by_side(bundle: Path, capsys: Capture) -> None:
+    quick = ["--repeats", "1", "--alone", "0", "--no-profile", "--threads", "1", "--provider", "cpu", "--budgets", "5"]
+    methods = ["--methods", "holov,cls-topk@0:30,2"]
+    assert run(["bench", str(bundle), *quick, *methods, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["contestants"]
+    assert [item["label"] for item in found] == ["bundle", "bundle, cls-topk@0:30,2"]
+    assert [item["method"] for item in found] == ["holov", "cls-topk@0:30,2"]
+    assert found[0]["graph_sha256"] != found[1]["graph_sha256"]
+    assert run(["bench", str(bundle), *quick, "--methods", "divprune"]) == 2
+    assert "no graph for 'divprune'" in capsys.readouterr().err
+
+
 def test_show_draws_graphs_and_rules(bundle: Path, photo: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "kept.png"
     methods = "holov,scope,cls-topk@0:30,2,uniform"
@@ -93,6 +137,13 @@ def test_compile_plans_a_graph(bundle: Path, capsys: Capture) -> None:
     made = json.loads(capsys.readouterr().out)
     assert "vision-scope.onnx" in json.dumps(made)
     assert "engines/h200-scope" in json.dumps(made)
+    folders = []
+    for method in ("holov", "scope"):
+        asked = ["--target", "jetson-agx-orin-64gb-jetpack5", "--tensorrt", "8.5.2", "--method", method]
+        assert run(["compile", str(bundle), *asked, "--dry-run", "--json"]) == 0
+        (plan,) = json.loads(capsys.readouterr().out)["plans"]
+        folders.append(plan["commands"][0][-1])
+    assert folders == ["bundle-trt8.5.2", "bundle-scope-trt8.5.2"], "each brings the weights"
 
 
 def test_a_schedule_names_the_usual_budget(llava_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -112,6 +163,10 @@ def test_a_schedule_names_the_usual_budget(llava_checkpoint: Path, tmp_path: Pat
         (["--select-layer", "7"], "behind the feature layer"),
         (["--method", "holov-official", "--select-layer", "1"], "feature layer only"),
         (["--method", "holov,holov"], "same name"),
+        (["--method", "holov,scope@1", "--set", "scope@1.alpha=1"], "leave the @ out"),
+        (["--set", "method=scope"], "Name it with --method"),
+        (["--method", "holov@1:5,scope@1:6"], "different budgets: 5, 6"),
+        (["--select-layer", "0:30,2:40"], "cannot keep more"),
         (["--method", ""], "unknown method ''"),
     ],
 )

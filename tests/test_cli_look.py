@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_bundles import PLAN, put_engine
 from rich.console import Console
 
 from holov_export import doctor
 from holov_export.bundle import ENGINES, Bundle
 from holov_export.cli import run
 from holov_export.cli.console import OUT, table
-from holov_export.engine import ENGINE, RECORD, SCHEMA, BuiltWith, EngineRecord, ShapeProfile, write_record
+from holov_export.engine import ENGINE, RECORD
 from holov_export.runtime.engine_choice import graph_hashes
-from holov_export.spec import Precision
-from holov_export.storage import sha256_of
 from holov_export.targets import target_names
-
-PLAN = b"plan of TensorRT"
 
 
 @pytest.fixture
@@ -32,30 +29,6 @@ def bundle(toy_bundle: Bundle, tmp_path: Path) -> Bundle:
     shutil.copytree(toy_bundle.folder, copy.folder)
     put_engine(copy, "h200", *graph_hashes(copy))
     return copy
-
-
-def put_engine(bundle: Bundle, target: str, graph: str, weights: str) -> None:
-    folder = bundle.folder / ENGINES / target
-    folder.mkdir(parents=True)
-    (folder / ENGINE).write_bytes(PLAN)
-    built = BuiltWith(
-        tensorrt="10.13.3", cuda="13.0", gpu="NVIDIA H200", sm=90, system="Linux x86_64", network="strongly-typed"
-    )
-    record = EngineRecord(
-        schema_version=SCHEMA,
-        target=target,
-        precision=Precision.FP16,
-        opset=18,
-        profiles=(ShapeProfile(batch=(1, 4, 16), budget=(1, 7, 64)),),
-        graph_sha256=graph,
-        weights_sha256=weights,
-        sha256=sha256_of(folder / ENGINE),
-        bytes=len(PLAN),
-        built_with=built,
-        build_seconds=1.5,
-        created="2026-01-01T00:00:00+00:00",
-    )
-    write_record(folder, record)
 
 
 class TestInspectEngines:

@@ -18,9 +18,9 @@ from holov_export.estimate.memory import memory_of
 from holov_export.estimate.report import Estimate, estimate
 from holov_export.estimate.roofline import SHARES, Machine, Shares, format_of
 from holov_export.estimate.shapes import ModelShape, VisionShape, shape_from_name, shape_from_spec, shape_names
-from holov_export.estimate.stages import STEP_KERNELS, prefill_seconds, step_seconds, vision_seconds
+from holov_export.estimate.stages import STEP_KERNELS, layer_rows, prefill_seconds, step_seconds, vision_seconds
 from holov_export.policies import HolovPaperPolicy, HolovPolicy, NoSelection, ScopePolicy, SelectionPolicy
-from holov_export.spec import DecoderPrecision, ModelSpec
+from holov_export.spec import Cut, DecoderPrecision, ModelSpec
 from holov_export.targets import EngineTarget, target_from_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -368,3 +368,32 @@ class TestPublished:
         monkeypatch.setattr(sys, "argv", ["check_estimates.py"])
         assert script.main() == 0
         assert stale.read_text(encoding="utf-8") == script.document()
+
+
+class TestCuts:
+    """Rows that go before the last layer."""
+
+    @staticmethod
+    def with_cuts(*cuts: Cut, early: bool = True) -> ModelShape:
+        vision = LLAVA.vision.model_copy(update={"cuts": cuts, "selects_early": early, "projects_kept": not early})
+        return LLAVA.model_copy(update={"vision": vision})
+
+    def test_rows_of_each_layer(self) -> None:
+        assert layer_rows(LLAVA.vision, 64) == [(577, 577)] * 22 + [(577, 64)]
+        one = self.with_cuts(Cut(layer=12)).vision
+        assert layer_rows(one, 64) == [(577, 577)] * 12 + [(577, 65)] + [(65, 65)] * 10
+        late = self.with_cuts(Cut(layer=12), early=False).vision
+        assert layer_rows(late, 64) == [(577, 577)] * 13 + [(65, 65)] * 10
+        two = self.with_cuts(Cut(layer=12, keep=256), Cut(layer=22)).vision
+        assert layer_rows(two, 64) == [(577, 577)] * 12 + [(577, 257)] + [(257, 257)] * 9 + [(257, 64)]
+        assert layer_rows(two, 400)[13:] == [(401, 401)] * 9 + [(401, 400)]
+
+    def test_an_earlier_cut_takes_less_time(self) -> None:
+        machine = Machine(with_peaks(ORIN), IDEAL)
+        form = format_of(ORIN, "fp16")
+        shapes = [self.with_cuts(Cut(layer=layer)) for layer in (4, 8, 12, 16, 20, 22)]
+        times = [vision_seconds(machine, shape, form, budget=64, batch=1) for shape in shapes]
+        assert times == sorted(times)
+        usual = vision_seconds(machine, LLAVA, form, budget=64, batch=1)
+        assert times[-1] == pytest.approx(usual, rel=0.01)
+        assert 0.5 < times[2] / usual < 0.7

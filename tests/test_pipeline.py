@@ -163,8 +163,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from holov_export import pipeline, storage
-from holov_export.policies import (ClsTopkPolicy)
-from holov_export.spec import (Precision)
+from holov_export.policies import ClsTopkPolicy
+from holov_export.spec import Precision
 
 def dies(module, name, after):
     original = getattr(module, name)

@@ -193,6 +193,7 @@ class TestCuts:
             ("3", "behind the feature layer"),
             ("1:17", "outside 1..16"),
             ("1:0", "outside 1..16"),
+            ("0:5,2:6", "cannot keep more"),
         ],
     )
     def test_text_that_is_refused(self, text: str, reason: str) -> None:

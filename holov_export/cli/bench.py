@@ -14,7 +14,7 @@ import click
 
 from holov_export.bundle import Bundle, open_bundle, read_manifest
 from holov_export.cli.console import OUT, print_json, progress, say, table
-from holov_export.cli.options import UserPath, json_option, provider_option, verify_option
+from holov_export.cli.options import UserPath, json_option, method_names, provider_option, verify_option
 from holov_export.errors import CheckpointError, StorageError
 from holov_export.extras import require
 from holov_export.pipeline import Tell, checkpoint_of
@@ -54,6 +54,7 @@ def _engines(ctx: click.Context, param: click.Parameter, value: str) -> tuple[st
 @click.command(name="bench")
 @click.argument("bundles", nargs=-1, required=True, type=UserPath(), metavar="BUNDLE...")
 @click.option("--compare", "others", multiple=True, type=UserPath(), metavar="BUNDLE", help="Another bundle; repeat.")
+@click.option("--methods", help="Graphs of each bundle, comma separated [default: its first graph].")
 @click.option("--engine", "engines", callback=_engines, default="ort", show_default=True, help="ort, tensorrt or both.")
 @click.option("--budgets", callback=_numbers, help="Budgets K [default: all tokens, a third, two ninths, a ninth].")
 @click.option("--batch", "batches", callback=_numbers, default="1", show_default=True, help="Batch sizes B.")
@@ -80,6 +81,7 @@ def _engines(ctx: click.Context, param: click.Parameter, value: str) -> tuple[st
 def bench_command(
     bundles: tuple[Path, ...],
     others: tuple[Path, ...],
+    methods: str | None,
     engines: tuple[str, ...],
     budgets: tuple[int, ...],
     batches: tuple[int, ...],
@@ -107,7 +109,8 @@ def bench_command(
     if checkpoint is not None and not vs:
         raise click.UsageError("--checkpoint is for --vs only.")
     folders = (*bundles, *others)
-    _check_request(folders, budgets, output)
+    names = method_names(methods) if methods else []
+    _check_request(folders, names, budgets, output)
     target = target_from_name(target_name) if target_name else None
     request = BenchRequest(
         budgets=budgets,
@@ -122,7 +125,7 @@ def bench_command(
         decoder_threads=threads,
     )
     with progress() as tell:
-        opened = [open_bundle(folder, verify=verify) for folder in folders]
+        opened = _views([open_bundle(folder, verify=verify) for folder in folders], names)
         with ExitStack() as stack:
             baselines = stack.enter_context(_baselines(opened, vs, checkpoint, tell))
             if "tensorrt" in engines:
@@ -140,14 +143,23 @@ def bench_command(
         OUT.print(str(path), soft_wrap=True)
 
 
-def _check_request(folders: Sequence[Path], budgets: Sequence[int], output: Path | None) -> None:
+def _views(bundles: Sequence[Bundle], methods: Sequence[str]) -> list[Bundle]:
+    """Each bundle once for each graph that is named, or with its first one."""
+    return [bundle.of_method(name) for bundle in bundles for name in dict.fromkeys(methods or bundle.methods[:1])]
+
+
+def _check_request(
+    folders: Sequence[Path], methods: Sequence[str], budgets: Sequence[int], output: Path | None
+) -> None:
     """Refuse what would be refused in the end, before gigabytes are hashed and minutes are spent.
 
     Raises:
-        BundleError, BudgetError, MissingExtraError, StorageError: as when the request is carried out.
+        BundleError, UnknownNameError, BudgetError, MissingExtraError, StorageError: as when the request is carried out.
     """
     for folder in folders:
-        tokens = read_manifest(folder).plan.model.vision.tokens
+        manifest = read_manifest(folder)
+        _views([Bundle(folder, manifest)], methods)
+        tokens = manifest.plan.model.vision.tokens
         for budget in budgets:
             checked_budget(budget, tokens)
     if output is not None:

@@ -222,12 +222,13 @@ def engine_json(engine: Engine) -> dict[str, Any]:
     return {"engine": str(engine.folder), "record": engine.record.model_dump(mode="json")}
 
 
-def print_engine(engine: Engine) -> None:
-    """What was built, on stdout."""
+def print_engine(engine: Engine, method: str | None = None) -> None:
+    """What was built, on stdout; `method` names the graph where the bundle has several."""
     record, built = engine.record, engine.record.built_with
     made = table("engine", "")
     rows = {
         "target": record.target,
+        **({} if method is None else {"method": method}),
         "built with": f"TensorRT {built.tensorrt}, {built.gpu} (sm_{built.sm}), {built.network}",
         "precision": f"{record.precision.value}, opset {record.opset}",
         **{f"profile {index}": words(shape) for index, shape in enumerate(record.profiles)},

@@ -51,6 +51,8 @@ from holov_export.pipeline import checkpoint_of
 
 Command = Callable[..., None]
 _CUT = re.compile(r"\d+(:\d+)?")
+#: an option and its value in one word: --output=/tmp/x, -o/tmp/x
+_OPTION = re.compile(r"(--[a-z-]+=|-[a-z])(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -314,5 +316,8 @@ def print_tables(tables: list[Table]) -> None:
 
 def command_line() -> str:
     """The command as it was typed, without absolute paths: they say something about this machine."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    words = []
+    for word in sys.argv[1:]:
+        option, path = found.groups() if (found := _OPTION.fullmatch(word)) else ("", word)
+        words.append(f"{option}{Path(path).name}" if Path(path).is_absolute() else word)
     return shlex.join(["holov-export", *words])

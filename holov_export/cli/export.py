@@ -166,6 +166,8 @@ def _graphs(methods: tuple[str, ...], settings: tuple[str, ...], select_layer: s
         if not equals:
             raise click.UsageError(f"--set takes KEY=VALUE, not '{setting}'.")
         rule, dot, field = key.strip().rpartition(".")
+        if "@" in rule:
+            raise click.UsageError(f"--set {setting}: leave the @ out, it is one rule wherever it cuts.")
         if dot and rule not in of_rule:
             raise click.UsageError(f"--set {setting}: '{rule}' is not among the methods.")
         of_rule[rule if dot else rules[0][0]][field] = value.strip()
@@ -173,10 +175,12 @@ def _graphs(methods: tuple[str, ...], settings: tuple[str, ...], select_layer: s
 
 
 def _policy(method: str, pairs: dict[str, str]) -> SelectionPolicy:
+    fields = [name for name in POLICIES[method].model_fields if name != "method"]
+    if "method" in pairs:
+        raise UsageError("the rule is no setting of its own.", hint="Name it with --method.")
     try:
         return policy_from_settings(method, pairs)
     except ValidationError as error:
-        fields = [name for name in POLICIES[method].model_fields if name != "method"]
         problem = "; ".join(f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}" for item in error.errors())
         raise UsageError(
             f"the settings of '{method}' are wrong: {problem}.", hint=f"It takes: {', '.join(fields) or 'no settings'}."

@@ -35,19 +35,28 @@ def inspect(bundle: Path, as_json: bool) -> None:
     opened = open_bundle(bundle)
     engines = [(engine, _fault(engine, opened)) for engine in engines_in(opened.folder / ENGINES)]
     if as_json:
-        listed = [{**engine_json(engine), "fault": fault and fault.message} for engine, fault in engines]
+        listed = [
+            {**engine_json(engine), "method": _method_of(engine, opened), "fault": fault and fault.message}
+            for engine, fault in engines
+        ]
         print_json({**opened.manifest.model_dump(mode="json"), "engines": listed})
     else:
         _print_bundle(opened)
-        _print_engines(engines)
+        _print_engines(engines, opened)
     for _, fault in engines:
         if isinstance(fault, IntegrityError):
             raise fault
 
 
+def _method_of(engine: Engine, bundle: Bundle) -> str | None:
+    """Which of the bundle's graphs an engine was built from; None if it was none of them."""
+    built_from = engine.record.graph_sha256, engine.record.weights_sha256
+    return next((name for name in bundle.methods if graph_hashes(bundle.of_method(name)) == built_from), None)
+
+
 def _fault(engine: Engine, bundle: Bundle) -> HolovExportError | None:
     """What is wrong with an engine on any machine: built from another graph, or its plan is missing or changed."""
-    graph, weights = graph_hashes(bundle)
+    graph, weights = graph_hashes(bundle.of_method(_method_of(engine, bundle) or bundle.method))
     try:
         check_graph(engine.record, graph_sha256=graph, weights_sha256=weights)
         check_plan(engine)
@@ -80,10 +89,10 @@ def _print_bundle(bundle: Bundle) -> None:
     OUT.print(files)
 
 
-def _print_engines(engines: list[tuple[Engine, HolovExportError | None]]) -> None:
+def _print_engines(engines: list[tuple[Engine, HolovExportError | None]], bundle: Bundle) -> None:
     for engine, fault in engines:
         OUT.print()
-        print_engine(engine)
+        print_engine(engine, _method_of(engine, bundle) if len(bundle.methods) > 1 else None)
         if fault is not None:
             OUT.print(Text(fault.message, "red"), soft_wrap=True)
 

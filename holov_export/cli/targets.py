@@ -162,7 +162,7 @@ def _shape_of(model: str) -> tuple[ModelShape, str | None, str | None]:
     if model and os.path.isfile(folder / MANIFEST):  # Path's own raises for a name that is too long
         plan = read_manifest(folder).plan
         decoder = plan.decoder.value if plan.decoder else None
-        return shape_from_spec(plan.model, plan.policy), plan.precision.value, decoder
+        return shape_from_spec(plan.model, plan.policy, plan.cuts), plan.precision.value, decoder
     if model in shape_names():
         return shape_from_name(model), None, None
     reference = reference_from_name(model)

@@ -120,9 +120,10 @@ def graph_for(bundle: Bundle, plan: CompilePlan, *, force: bool = False, tell: T
     errors = [f"{item.node or 'graph'}: {item.message}" for item in found if item.severity == "error"]
     if errors and not force:
         more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
+        checked = bundle.folder if bundle.is_default else bundle.vision
         raise EngineError(
             f"TensorRT {plan.tensorrt} would not take the graph: {errors[0]}{more}",
-            hint=f"`holov-export check {bundle.folder} --tensorrt {plan.tensorrt}` says more; --force builds anyway.",
+            hint=f"`holov-export check {checked} --tensorrt {plan.tensorrt}` says more; --force builds anyway.",
         )
     return lowered_for(graph_from_file(bundle.vision), plan.tensorrt)
 

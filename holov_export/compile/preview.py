@@ -75,7 +75,8 @@ def _preview(plan: CompilePlan, bundle: Path, options: CompileOptions, graph: st
     commands = []
     folder = bundle
     if plan.lowered:
-        folder = Path(f"{bundle.name}-trt{plan.tensorrt}")
+        of_graph = Path(graph).stem.removeprefix(Path(VISION).stem)  # two graphs may bring the same weights
+        folder = Path(f"{bundle.name}{of_graph}-trt{plan.tensorrt}")
         source = bundle if graph == VISION else bundle / graph
         commands.append(("holov-export", "lower", str(source), "--tensorrt", plan.tensorrt, "-o", str(folder)))
     pins, notes = None, []

@@ -15,7 +15,7 @@ from holov_export.policies import (
     ScopePolicy,
     SelectionPolicy,
 )
-from holov_export.spec import ModelSpec
+from holov_export.spec import Cut, ModelSpec
 
 
 class VisionShape(Frozen):
@@ -29,6 +29,7 @@ class VisionShape(Frozen):
         projector_inner: width between the projector's two matrices. projectors: how many run (DeepStack has several).
         selects_early: the last layer and the projector run for K rows only (docs/architecture.md).
         projects_kept: the last layer runs for all rows, the projector for K. greedy: K steps in a loop choose the rows.
+        cuts: earlier layers at which rows go; empty for the last layer alone.
     """
 
     tokens: int = Field(ge=1)
@@ -44,6 +45,7 @@ class VisionShape(Frozen):
     selects_early: bool = False
     projects_kept: bool = False
     greedy: bool = False
+    cuts: tuple[Cut, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -94,8 +96,8 @@ class ModelShape(Frozen):
         return vision.layers * layer + vision.projectors * projector + patches * vision.width
 
 
-def shape_from_spec(spec: ModelSpec, policy: SelectionPolicy) -> ModelShape:
-    """The shape of the graph that an export of `spec` with `policy` has."""
+def shape_from_spec(spec: ModelSpec, policy: SelectionPolicy, cuts: tuple[Cut, ...] = ()) -> ModelShape:
+    """The shape of the graph that an export of `spec` with `policy` and `cuts` has."""
     vision, decoder = spec.vision, spec.decoder
     plain = isinstance(policy, NoSelection)
     return ModelShape(
@@ -112,6 +114,7 @@ def shape_from_spec(spec: ModelSpec, policy: SelectionPolicy) -> ModelShape:
             selects_early=policy.features is FeatureSource.NONE and not plain,
             projects_kept=policy.features in (FeatureSource.HIDDEN, FeatureSource.KEYS) or plain,
             greedy=isinstance(policy, ScopePolicy | DivprunePolicy | CdprunerUnconditionalPolicy),
+            cuts=cuts,
         ),
         decoder=DecoderShape(
             width=decoder.width,

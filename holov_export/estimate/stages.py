@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from holov_export.estimate.roofline import Format, Machine, format_of
-from holov_export.estimate.shapes import ModelShape
+from holov_export.estimate.shapes import ModelShape, VisionShape
 
 #: kernels of the selection itself (a softmax of one row, sums over crops, two sorts, a gather), tiny ones
 SELECTION_KERNELS = 40
@@ -16,20 +16,34 @@ def vision_seconds(machine: Machine, shape: ModelShape, form: Format, *, budget:
     vision = shape.vision
     rows = batch * vision.rows
     total = machine.product(form, rows, vision.patch_values, vision.width)
-    full = vision.layers - (1 if vision.selects_early else 0)
-    total += full * _vision_layer(machine, shape, form, kept=vision.rows, batch=batch)
-    if vision.selects_early:
-        total += _vision_layer(machine, shape, form, kept=budget, batch=batch)
+    for entering, kept in layer_rows(vision, budget):
+        total += _vision_layer(machine, shape, form, entering=entering, kept=kept, batch=batch)
     if budget < vision.tokens:
-        total += SELECTION_KERNELS * machine.shares.kernel_seconds
+        total += max(1, len(vision.cuts)) * SELECTION_KERNELS * machine.shares.kernel_seconds
     if vision.greedy:
         total += _greedy_seconds(machine, shape, steps=budget, batch=batch)
-    kept = batch * (budget if vision.selects_early or vision.projects_kept else vision.tokens)
+    projected = batch * (budget if vision.selects_early or vision.projects_kept else vision.tokens)
     merged = vision.width * vision.patches_per_token
-    projector = machine.product(form, kept, merged, vision.projector_inner)
-    projector += machine.moved(2 * kept * vision.projector_inner, form)
-    projector += machine.product(form, kept, vision.projector_inner, shape.decoder.width)
+    projector = machine.product(form, projected, merged, vision.projector_inner)
+    projector += machine.moved(2 * projected * vision.projector_inner, form)
+    projector += machine.product(form, projected, vision.projector_inner, shape.decoder.width)
     return total + vision.projectors * projector
+
+
+def layer_rows(vision: VisionShape, budget: int) -> list[tuple[int, int]]:
+    """(rows whose keys and values a layer computes, rows that it runs for) of each layer."""
+    left = {cut.layer: min(max(budget, cut.keep or budget), vision.tokens) for cut in vision.cuts}
+    if not left and vision.selects_early:
+        left = {vision.layers - 1: budget}
+    found, rows = [], vision.rows
+    for layer in range(vision.layers):
+        kept = rows
+        if layer in left:
+            behind = left[layer] + (vision.extra_tokens if layer < vision.layers - 1 else 0)
+            kept = behind if vision.selects_early else rows
+        found.append((rows, kept))
+        rows = behind if layer in left else rows
+    return found
 
 
 def _greedy_seconds(machine: Machine, shape: ModelShape, *, steps: int, batch: int) -> float:
@@ -39,16 +53,18 @@ def _greedy_seconds(machine: Machine, shape: ModelShape, *, steps: int, batch: i
     return similarity + steps * machine.moved(batch * tokens * tokens, form, kernels=STEP_KERNELS)
 
 
-def _vision_layer(machine: Machine, shape: ModelShape, form: Format, *, kept: int, batch: int) -> float:
-    """One layer: keys and values for all T rows, everything else for `kept` rows of each image."""
+def _vision_layer(
+    machine: Machine, shape: ModelShape, form: Format, *, entering: int, kept: int, batch: int
+) -> float:
+    """One layer: keys and values for all rows that enter, everything else for `kept` rows of each image."""
     vision = shape.vision
-    width, every, some = vision.width, batch * vision.rows, batch * kept
+    width, every, some = vision.width, batch * entering, batch * kept
     total = machine.moved(2 * every * width, form)  # norm
-    if kept == vision.rows:
+    if kept == entering:
         total += machine.product(form, every, width, 3 * width)
     else:
         total += machine.product(form, every, width, 2 * width) + machine.product(form, some, width, width)
-    total += machine.attention(form, kept, vision.rows, width, width, batch=batch)
+    total += machine.attention(form, kept, entering, width, width, batch=batch)
     total += machine.product(form, some, width, width)
     total += machine.moved(5 * some * width, form, kernels=2)  # residual, norm
     total += machine.product(form, some, width, vision.mlp_width)

@@ -19,8 +19,8 @@ _NUMBERS = {
 } | {"none": "0"}
 #: Source: GT-Vision-Lab/VQA vqaEval.py
 _ARTICLES = frozenset({"a", "an", "the"})
-#: removed where a space is beside them, a space otherwise. Source: facebookresearch/mmf m4c_evaluators.py, which is
-#: what LLaVA uses; GT-Vision-Lab/VQA has the same but for the hyphen, the braces and the exclamation mark
+#: removed where a space is beside them, a space otherwise. Source: GT-Vision-Lab/VQA vqaEval.py@a013f00; the list of
+#: facebookresearch/mmf m4c_evaluators.py, which LLaVA uses, is the same
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 #: words whose apostrophes people leave out. Source: the words of GT-Vision-Lab/VQA vqaEval.py; the forms without
 #: apostrophes are derived here

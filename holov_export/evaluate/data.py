@@ -115,7 +115,7 @@ def dataset_from_questions(name: str, form: str, questions: Sequence[Question]) 
     """A dataset with its hash.
 
     Raises:
-        UsageError: there is no question, or two have the same id.
+        UsageError: there is no question, two have the same id, or one holds what is no text.
     """
     if not questions:
         raise UsageError(f"'{name}' holds no question.", hint=f"It was read as {form}; --format chooses another.")
@@ -125,12 +125,23 @@ def dataset_from_questions(name: str, form: str, questions: Sequence[Question]) 
         if question.id in seen:
             twice.append(f"{question.where}: the id '{question.id}' is that of {seen[question.id].where}")
         seen.setdefault(question.id, question)
-    refuse(name, twice)
+    refuse(name, [*twice, *(f"{item.where}: half of a surrogate pair is no text" for item in questions if _torn(item))])
     digest = hashlib.sha256()
     for item in questions:
         said = [item.id, item.picture.name, item.text, list(item.answers), item.kind, item.group, item.pair]
         digest.update(json.dumps(said).encode() + b"\n")
     return Dataset(name, form, tuple(questions), len(questions), digest.hexdigest())
+
+
+def _torn(question: Question) -> bool:
+    """Whether half of a surrogate pair stands alone in it, which JSON may hold: no tokenizer and no UTF-8 file does."""
+    try:
+        for text in (question.id, question.picture.name, question.text, question.kind, question.group):
+            text.encode()
+        "".join(question.answers).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def refuse(name: str, problems: Sequence[str]) -> None:
@@ -167,7 +178,11 @@ def check_pictures(dataset: Dataset) -> None:
 def _trouble_with(picture: Picture) -> str:
     if picture.path is None:
         return ""  # a data URI was looked at when its line was read
-    if not picture.path.exists():
+    try:
+        missing = not picture.path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        return f"the image '{picture.path}' cannot be read: {error.strerror}"
+    if missing:
         return f"the image '{picture.path}' does not exist"
     return _trouble_in_header(picture.path)
 
@@ -242,14 +257,18 @@ def _question_from_line(line: str, number: int, folder: Path, where: str) -> Que
     """Raises ValueError with what is wrong with it."""
     row = object_from_json(line)
     image = text_field(row, "image")
-    picture = picture_from_data_uri(image) if image.startswith("data:") else Picture(image, folder / image)
-    group = row.get("group", row.get("scene"))
+    if image.startswith("data:"):
+        picture = picture_from_data_uri(image)
+    else:  # "./a.png" and "a.png" are one picture, and one group
+        picture = Picture(Path(image).as_posix(), folder / image)
+    index, kind, group = (row.get(name) for name in ("id", "kind", "group"))
+    group = row.get("scene") if group is None else group
     return Question(
-        id=str(row.get("id", number)),
+        id=str(number if index is None else index),
         picture=picture,
         text=text_field(row, "question"),
         answers=answers_field(row, "answers"),
-        kind=str(row.get("kind", "")),
+        kind="" if kind is None else str(kind),
         group=picture.name if group is None else str(group),
         where=where,
     )

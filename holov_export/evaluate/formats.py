@@ -75,8 +75,10 @@ def format_of(path: Path) -> str:
     text = text_from_file(path)
     try:
         whole = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError: no JSON, or a number of more digits than Python takes
         whole = None
+    if isinstance(whole, list):
+        raise UsageError(f"'{path.name}' is one JSON list.", hint="Write one JSON object a line, without the brackets.")
     if isinstance(whole, dict) and not {"image", "text", "question"} & set(whole):
         return _format_of_object(path, whole)
     lines = numbered_lines(text)
@@ -124,6 +126,8 @@ def _whole(path: Path) -> Any:
         return json.loads(text_from_file(path))
     except json.JSONDecodeError as error:
         raise UsageError(f"'{path}' is no JSON: line {error.lineno}: {error.msg}.") from None
+    except ValueError as error:
+        raise UsageError(f"'{path}' holds a number that cannot be read: {error}.") from None
     except RecursionError:
         raise UsageError(f"'{path}' is nested too deeply to be read.") from None
 

@@ -104,9 +104,7 @@ class Journal:
         """
         line = entry.model_dump_json().encode() + b"\n"
         try:
-            # one call of the operating system for a line: it is there as a whole, or torn at the end of the file
-            self._stream.write(line)
-            self._stream.flush()
+            _write(self._stream, line)
         except OSError as error:
             raise StorageError(f"cannot write '{self.path}': {error.strerror}.") from error
         self._note(entry)
@@ -132,7 +130,8 @@ def open_journal(folder: Path, header: JournalHeader, *, overwrite: bool = False
     path = folder / JOURNAL
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+        # no buffer: what could not be written would be tried again on closing, and that error would hide the first
+        stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
     except OSError as error:
         raise StorageError(f"cannot write '{path}': {error.strerror}.", hint="Choose another --output.") from error
     with stream:
@@ -143,7 +142,6 @@ def open_journal(folder: Path, header: JournalHeader, *, overwrite: bool = False
             entries = []
             _begin(path, stream, header)
         yield Journal(path, stream, entries)
-        stream.flush()
         os.fsync(stream.fileno())
 
 
@@ -161,12 +159,17 @@ def _lock(stream: IO[bytes], folder: Path) -> None:
         ) from None
 
 
+def _write(stream: IO[bytes], line: bytes) -> None:
+    """Write a line, in one call of the operating system if it takes it whole; a line may be torn at the end only."""
+    while line:
+        line = line[stream.write(line) :]
+
+
 def _begin(path: Path, stream: IO[bytes], header: JournalHeader) -> None:
     try:
         stream.seek(0)
         stream.truncate()
-        stream.write(_header_line(header))
-        stream.flush()
+        _write(stream, _header_line(header))
         os.fsync(stream.fileno())
     except OSError as error:
         raise StorageError(f"cannot write '{path}': {error.strerror}.") from error

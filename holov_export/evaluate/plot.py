@@ -36,6 +36,7 @@ def plot_retention(report: Evaluation, path: Path) -> None:
             f"{report.bundle.model}: {report.data.questions} questions of {report.data.name}, {report.data.groups} "
             f"groups\n{machine}, {report.date}",
             fontsize=9,
+            parse_math=False,  # a file may be called a$b$.jsonl
         )
         work = path.with_name(f".{path.name}.partial")
         figure.savefig(work, dpi=150, format="png")

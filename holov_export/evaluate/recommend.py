@@ -291,6 +291,10 @@ def verdict_of(found: Recommendation) -> str:
 
 
 def _nearest(candidates: Sequence[Candidate]) -> str:
+    if not candidates:
+        return "at these budgets every rule gives the unpruned run's tokens, and nothing is pruned"
+    if not any(item.latency for item in candidates):
+        return "all of these rules prune inside the language model, and none of them can be exported"
     lows = [(item.retention.low, item) for item in candidates if item.retention.low is not None and item.latency]
     if not lows:
         return "there are no intervals, because all questions are of one group or the metric is not defined"

@@ -26,12 +26,15 @@ def evaluation_from_file(path: Path) -> Evaluation:
         StorageError: it cannot be read.
     """
     try:
-        return Evaluation.model_validate_json(path.read_text(encoding="utf-8"))
+        found = Evaluation.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise StorageError(f"cannot read '{path}': {error.strerror}.") from error
     except (ValidationError, UnicodeDecodeError) as error:
         words = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "it is not text"
         raise UsageError(f"'{path}' is no {JSON} of schema {SCHEMA}: {words}.") from error
+    if found.schema_version != SCHEMA:
+        raise UsageError(f"'{path}' is no {JSON} of schema {SCHEMA}: its schema is {found.schema_version}.")
+    return found
 
 
 def write_evaluation(report: Evaluation, folder: Path) -> list[Path]:
@@ -179,7 +182,8 @@ def markdown_of(report: Evaluation) -> str:
         f"- **{data.name}** ({data.format}): {asked}",
     ]
     for title, columns, rows in tables_of(report):
-        lines += ["", f"## {title[0].upper()}{title[1:]}", "", *markdown_table(columns, _escaped(rows))]
+        heads, *cells = _escaped([columns, *rows])  # a kind of question can be the head of a column
+        lines += ["", f"## {title[0].upper()}{title[1:]}", "", *markdown_table(heads, cells)]
     lines += ["", *(f"- {remark}." for remark in remarks_of(report))]
     return "\n".join(lines) + "\n"
 

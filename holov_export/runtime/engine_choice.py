@@ -42,7 +42,7 @@ def graph_hashes(bundle: Bundle) -> tuple[str, str]:
 def _chosen(bundle: Bundle, gpu: Gpu, tensorrt: str, target: str | None) -> Engine:
     """The engine of that name, or the only one that fits. The error says which exist and why they do not fit."""
     of_graph = f" --method {bundle.method}" if not bundle.is_default else ""
-    engines = _of_graph(engines_in(bundle.folder / ENGINES), bundle)
+    engines = engines_of(bundle)
     if not engines:
         raise EngineError(
             f"the bundle '{bundle.folder.name}' has no engine{f' for {bundle.method}' if of_graph else ''}.",
@@ -65,15 +65,19 @@ def _chosen(bundle: Bundle, gpu: Gpu, tensorrt: str, target: str | None) -> Engi
         raise EngineError(f"several engines fit this GPU and TensorRT: {names}.", hint="Choose one with --target.")
     raise EngineError(
         "no engine of the bundle fits: " + " ".join(str(reason) for reason in reasons.values()),
-        hint="Compile the bundle on this machine: holov-export compile BUNDLE",
+        hint=f"Compile the bundle on this machine: holov-export compile {bundle.folder}{of_graph}",
     )
 
 
-def _of_graph(engines: list[Engine], bundle: Bundle) -> list[Engine]:
-    """The engines without those of the bundle's other graphs. One of a graph that is not here any more stays in."""
+def engines_of(bundle: Bundle) -> list[Engine]:
+    """A bundle's engines without those of its other graphs. One of a graph that is not here any more stays in.
+
+    Raises:
+        BundleError, IntegrityError: see `engines_in`.
+    """
     hashes = {item.path: item.sha256 for item in bundle.manifest.artifacts}
     others = {graph for path, graph in hashes.items() if path.endswith(".onnx") and path != bundle.graph}
-    return [engine for engine in engines if engine.record.graph_sha256 not in others]
+    return [engine for engine in engines_in(bundle.folder / ENGINES) if engine.record.graph_sha256 not in others]
 
 
 def _misfit(engine: Engine, gpu: Gpu, tensorrt: str) -> str | None:

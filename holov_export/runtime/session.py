@@ -173,7 +173,7 @@ class Session:
         Args:
             images: one, or a list of those that the prompt is about.
             prompt: a question.
-            budget: tokens of each image, 1..N; None for a ninth of N (or the largest quota).
+            budget: tokens of each image, 1..N; None for the largest quota, without quotas for `default_budget`.
             quota: tokens of each single image, 1..budget.
             sampling: how tokens are drawn; greedy by default.
             raw: `prompt` is the whole prompt with a placeholder for each image, passed on verbatim.
@@ -206,7 +206,7 @@ class Session:
         Args:
             images: for each prompt its image or its list of images.
             prompts: one question each.
-            budget: tokens of each image, 1..N; None for a ninth of N (or the largest quota).
+            budget: tokens of each image, 1..N; None for the largest quota, without quotas for `default_budget`.
             quota: tokens of each single image, over all prompts in order.
             sampling: how tokens are drawn; greedy by default.
             raw: the prompts are whole prompts, passed on verbatim.

@@ -53,7 +53,8 @@ def baseline_of(
     Args:
         bundle: a pruned one. checkpoint: directory of the weights that it was exported from.
         output: folder of the new bundle. kind: a name of `BASELINES`.
-        verify: refuse it if its rows are not those of the pruned graph.
+        verify: refuse it if its rows are not those of the pruned graph; if that one merges rows, of another graph of
+            the bundle that does not, if there is one.
 
     Raises:
         UnknownNameError: another kind.
@@ -77,10 +78,17 @@ def baseline_of(
             provenance=provenance(__version__, {item.name: item.version for item in installed_libraries()}),
         )
         write_manifest(work, manifest)
-        if verify and plan.precision in CPU_PRECISIONS:
+        pruned = _with_plain_rows(bundle)
+        if verify and pruned is not None and plan.precision in CPU_PRECISIONS:
             tell(f"compare: {kind}")
-            refuse_if_different(compare_with_pruned(Bundle(work, manifest), bundle), plan.precision)
+            refuse_if_different(compare_with_pruned(Bundle(work, manifest), pruned), plan.precision)
     return Bundle(output, manifest)
+
+
+def _with_plain_rows(bundle: Bundle) -> Bundle | None:
+    """The bundle's own graph, or another one, whose rows at K = N are the plain encoder's; None if all merge some."""
+    views = [bundle, *(bundle.of_method(name) for name in bundle.methods)]
+    return next((view for view in views if not view.manifest.plan.policy.merges), None)
 
 
 def _write_graph(plan: ExportPlan, checkpoint: Path, work: Path) -> None:

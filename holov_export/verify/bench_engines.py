@@ -106,7 +106,7 @@ def contestant_info(
         bundle=bundle.folder.name,
         engine=engine,
         engine_kind=kind,
-        method=plan.policy.method,
+        method=plan.method,
         precision=plan.precision.value,
         tokens=plan.model.vision.tokens,
         graph_sha256=known or sha256_of(bundle.vision),
@@ -116,7 +116,8 @@ def contestant_info(
 
 
 def labels_of(bundles: Sequence[Bundle], engines: Sequence[str]) -> list[list[str]]:
-    """A label for each bundle in each engine: the folder's name, what tells equal names apart, the engine if several.
+    """A label for each bundle in each engine: the folder's name, the graph unless it is the default one, what tells
+    equal names apart, the engine if several.
 
     Raises:
         UnknownNameError: an engine that does not exist.
@@ -124,7 +125,7 @@ def labels_of(bundles: Sequence[Bundle], engines: Sequence[str]) -> list[list[st
     unknown = [name for name in engines if name not in ENGINES]
     if unknown:
         raise UnknownNameError(f"unknown engine '{unknown[0]}'.", hint=f"Known: {', '.join(ENGINES)}.")
-    names = [bundle.folder.name for bundle in bundles]
+    names = [f"{bundle.folder.name}{'' if bundle.is_default else f', {bundle.method}'}" for bundle in bundles]
     told_apart = [
         name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})"
         for index, name in enumerate(names)

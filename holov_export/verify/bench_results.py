@@ -85,7 +85,7 @@ class ContestantInfo(Frozen):
     Attributes:
         label: how it is called in this report. bundle: name of its folder. engine: the runner's own name.
         engine_kind: "ort" or "tensorrt". method: of selection; "none" for a plain encoder.
-        tokens: N. graph_sha256: of vision.onnx. load_seconds: from an opened bundle to a runner.
+        tokens: N. graph_sha256: of the vision graph. load_seconds: from an opened bundle to a runner.
         built_with: for an engine, what built it. device_mb: MiB on the device after the run, where the runner says so.
     """
 

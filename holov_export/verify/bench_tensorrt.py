@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from holov_export.bundle import ENGINES, Bundle
-from holov_export.engine import Engine, EngineRecord, engines_in
+from holov_export.bundle import Bundle
+from holov_export.engine import Engine, EngineRecord
 from holov_export.errors import EngineError, EnvironmentFaultError, UnknownNameError
 from holov_export.runtime.device_memory import CudaApi, cuda_api
+from holov_export.runtime.engine_choice import engines_of
 from holov_export.runtime.engine_context import LoadedEngine, profile_for, profiles_text, tensorrt_module
 from holov_export.runtime.host_arrays import bfloat16_bits
 from holov_export.runtime.runner_trt import TrtRunner
@@ -106,12 +107,12 @@ def engine_for_comparison(
     from holov_export.compile.compilation import CompileOptions
     from holov_export.compile.engine_from_onnx import engine_from_bundle
 
-    engines = engines_in(like.folder / ENGINES)
-    found = next((item for item in engines if target is None or item.record.target == target.name), None)
+    found = next((item for item in engines_of(like) if target is None or item.record.target == target.name), None)
     if found is None:
         raise EngineError(
             f"the bundle '{like.folder.name}' has no engine to compare with.",
-            hint=f"Build one: holov-export compile {like.folder} --target TARGET",
+            hint=f"Build one: holov-export compile {like.folder} --target TARGET"
+            + ("" if like.is_default else f" --method {like.method}"),
         )
     plan = baseline.manifest.plan
     profiles = profile_texts(found.record, only=plan.model.vision.tokens if plan.policy.method == "none" else None)

@@ -63,6 +63,8 @@ def parity_report(
         torch_side, features = _run_torch(bundle, checkpoint, cases)
         if with_transformers and plan.cuts:
             skipped.append("transformers: it has no tower that drops tokens on the way")
+        elif with_transformers and plan.policy.merges:
+            skipped.append(f"transformers: it has no tower that merges tokens as '{plan.policy.method}' does")
         elif with_transformers:
             tell("transformers")
             transformers_side = _run_transformers(bundle, checkpoint, cases)

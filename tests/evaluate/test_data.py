@@ -53,6 +53,7 @@ def test_blank_lines_and_a_byte_order_mark_are_no_trouble(tmp_path: Path) -> Non
         ("{", "no JSON"),
         ("[1]", "not a JSON object"),
         ("1", "not a JSON object"),
+        ('{"answers": [' + "1" * 5000 + "]}", "5000 digits"),
         ("[" * 100_000, "no JSON"),
         ({"question": "?", "answers": ["x"]}, "no 'image'"),
         ({**ROW, "question": " "}, "'question' is empty"),
@@ -78,6 +79,25 @@ def test_all_bad_lines_are_counted_and_the_first_named(tmp_path: Path) -> None:
     assert "7 problems" in caught.value.message
     assert "line 5" in caught.value.message and "line 6" not in caught.value.message
     assert "and 2 more" in caught.value.message
+
+
+def test_null_is_what_is_left_out(tmp_path: Path) -> None:
+    nothing = {"id": None, "kind": None, "group": None}
+    one, two = dataset_of(tmp_path, {**ROW, **nothing}, {**ROW, **nothing, "scene": 7}).questions
+    assert (one.id, one.kind, one.group) == ("1", "", "a.png")
+    assert (two.id, two.kind, two.group) == ("2", "", "7")
+
+
+def test_one_picture_written_in_two_ways_is_one_group(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, ROW, {**ROW, "image": "./a.png"})
+    assert dataset.groups == ("a.png",) == tuple(dataset.pictures)
+
+
+@pytest.mark.parametrize("field", ["question", "answers", "id", "kind", "group", "image"])
+def test_half_of_a_surrogate_pair_is_refused(tmp_path: Path, field: str) -> None:
+    with pytest.raises(UsageError, match=r"1 problem\.\n  line 2: half of a surrogate pair"):
+        dataset_of(tmp_path, ROW, {**ROW, field: "is there a \ud800?"})
+    dataset_of(tmp_path, ROW, {**ROW, field: "\U0001f600"})
 
 
 def test_an_id_twice(tmp_path: Path) -> None:
@@ -109,6 +129,11 @@ def test_every_missing_or_broken_picture_is_found(tmp_path: Path) -> None:
     assert "2 problems" in caught.value.message
     assert "line 1: the image" in caught.value.message and "does not exist" in caught.value.message
     assert "line 5: " in caught.value.message and "is no image that can be read" in caught.value.message
+
+
+def test_a_picture_whose_name_the_system_does_not_take(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"line 1: the image .* cannot be read: File name too long"):
+        check_pictures(dataset_of(tmp_path, {**ROW, "image": "n" * 3000}))
 
 
 def test_a_picture_that_preprocessing_would_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

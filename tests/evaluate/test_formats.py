@@ -259,6 +259,16 @@ def test_formats_are_recognised(tmp_path: Path) -> None:
         assert [format_of(path) for path in paths] == [form] * len(paths)
 
 
+def test_json_that_is_a_list_or_holds_a_huge_number(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="one JSON list"):
+        dataset_from_path(write_json(tmp_path / "x.json", [{"image": "a.png", "question": "?", "answers": "x"}]))
+    (tmp_path / "x.json").write_text('{"data": [' + "1" * 5000 + "]}", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"line 1: .*5000 digits"):
+        dataset_from_path(tmp_path / "x.json")
+    with pytest.raises(UsageError, match="a number that cannot be read"):
+        dataset_from_path(tmp_path / "x.json", "textvqa")
+
+
 def test_what_no_format_fits(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no format that is known"):
         dataset_from_path(write_json(tmp_path / "x.json", {"a": 1}))

@@ -48,6 +48,27 @@ def test_every_torn_end_is_cut_off(tmp_path: Path) -> None:
         assert (tmp_path / JOURNAL).read_bytes() == whole, length
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_disk_that_is_full_is_said_and_the_answers_so_far_stay(tmp_path: Path) -> None:
+    import resource
+
+    whole = written(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def asked() -> None:
+        with open_journal(tmp_path, HEADER) as journal:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, limits[1]))
+            fill(journal, "scope", 64, ["no room"])
+
+    try:
+        with pytest.raises(StorageError, match=r"cannot write '.*journal\.jsonl': File too large"):
+            asked()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(found(tmp_path)) == 3
+    assert (tmp_path / JOURNAL).read_bytes() == whole
+
+
 def test_a_last_line_without_its_content_is_cut_off(tmp_path: Path) -> None:
     whole = written(tmp_path)
     (tmp_path / JOURNAL).write_bytes(whole + b"\0" * 50 + b"\n")

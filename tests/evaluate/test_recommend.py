@@ -104,6 +104,8 @@ def test_the_unpruned_run_is_no_recommendation(bundle: Bundle, tmp_path: Path) -
     found = recommended(bundle, tmp_path, 0.9, {("holov", 64): 1.0, ("holov", 4): 0.5, ("cls-topk", 4): 0.5})
     assert found.chosen is None
     assert {item.budget for item in found.candidates} == {4}
+    found = recommended(bundle, tmp_path / "full", 0.9, {("holov", 64): 1.0, ("cls-topk", 64): 1.0})
+    assert not found.candidates and "nothing is pruned" in verdict_of(found)
 
 
 def test_every_cell_is_timed_and_the_rounds_are_told(bundle: Bundle, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from holov_export.evaluate.report import (
     tables_of,
     write_evaluation,
 )
-from holov_export.evaluate.results import CellResult, Evaluation, MetricValue, value_of
+from holov_export.evaluate.results import CellResult, Evaluation, KindValue, MetricValue, value_of
 from holov_export.evaluate.run import AskSettings
 from holov_export.evaluate.score import chosen_metrics, evaluation_from_journal
 
@@ -157,6 +157,10 @@ def test_a_cell_with_a_bar_does_not_break_the_markdown(report: Evaluation) -> No
     text = markdown_of(report.model_copy(update={"cells": (odd, *report.cells[1:])}))
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.split("## ")[1].splitlines() if line.startswith("|")}
     assert widths == {4}
+    kinds = tuple(KindValue(kind=kind, metric="exact", questions=1, value=1.0) for kind in ("a|b", "c"))
+    text = markdown_of(report.model_copy(update={"reference": report.reference.model_copy(update={"kinds": kinds})}))
+    table = text.split("by kind of question")[1].split("\n\n")[1].splitlines()
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {5}
 
 
 def test_a_file_that_is_no_evaluation(tmp_path: Path) -> None:
@@ -165,6 +169,13 @@ def test_a_file_that_is_no_evaluation(tmp_path: Path) -> None:
         evaluation_from_file(tmp_path / JSON)
     with pytest.raises(StorageError, match="cannot read"):
         evaluation_from_file(tmp_path / "none.json")
+
+
+def test_another_schema_is_refused(report: Evaluation, tmp_path: Path) -> None:
+    later = report.model_copy(update={"schema_version": report.schema_version + 1})
+    write_evaluation(later, tmp_path)
+    with pytest.raises(UsageError, match="its schema is 2"):
+        evaluation_from_file(tmp_path / JSON)
 
 
 def test_the_picture(report: Evaluation, tmp_path: Path) -> None:
@@ -176,6 +187,12 @@ def test_the_picture(report: Evaluation, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("*.p*")] == ["retention.png"]
     with pytest.raises(StorageError, match="cannot write"):
         plot_retention(report, tmp_path / "none" / "retention.png")
+
+
+def test_a_name_that_looks_like_a_formula_can_be_plotted(report: Evaluation, tmp_path: Path) -> None:
+    data = report.data.model_copy(update={"name": "a$\\frac$b"})
+    plot_retention(report.model_copy(update={"data": data}), tmp_path / "retention.png")
+    assert (tmp_path / "retention.png").is_file()
 
 
 def test_a_metric_that_is_asked_for_comes_first(dataset: Dataset) -> None:

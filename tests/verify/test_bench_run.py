@@ -23,7 +23,10 @@ from holov_export.errors import (
     UnknownNameError,
     UsageError,
 )
+from holov_export.pipeline import ExportRequest, export_bundle
+from holov_export.policies import VisionzipPolicy
 from holov_export.runtime.runner_ort import OrtRunner
+from holov_export.spec import Precision
 from holov_export.targets import target_from_name
 from holov_export.tensors import PixelBatch
 from holov_export.verify import bench_run
@@ -111,6 +114,17 @@ class TestBaselines:
         pixels = PixelBatch(np.zeros((1, *_image_shape(made)), np.float32), (), ())
         with OrtRunner(made, provider="cpu") as runner:
             assert runner.run(pixels, 4).positions.tolist() == [[8, 24, 40, 56]]
+
+    def test_rows_that_are_merged_are_no_measure(self, llava_checkpoint: Path, tmp_path: Path) -> None:
+        request = ExportRequest(
+            str(llava_checkpoint), VisionzipPolicy(), Precision.FP32, None, tmp_path / "v", verify=False
+        )
+        merging, _ = export_bundle(request)
+        said: list[str] = []
+        made = baseline_of(merging, llava_checkpoint, tmp_path / "plain", tell=said.append)
+        assert not any(line.startswith("compare") for line in said)
+        found = compare_with_pruned(made, merging)
+        assert found.token_error > TOLERANCES[Precision.FP32].tokens, "else it could have been compared"
 
     def test_other_rows_are_refused(self, plain: Bundle, exported_bundle: Bundle) -> None:
         found = compare_with_pruned(plain, exported_bundle).model_copy(update={"token_error": float("nan")})
@@ -280,6 +294,7 @@ class TestReport:
 
     def test_equal_folder_names_get_different_labels(self, exported_bundle: Bundle, plain: Bundle) -> None:
         assert labels_of([plain, exported_bundle, plain], ["ort"]) == [["plain (1)"], ["exported"], ["plain (2)"]]
+        assert labels_of([plain, replace(plain, graph="vision-x.onnx")], ["ort"]) == [["plain"], ["plain, none"]]
         assert labels_of([plain], ["ort", "tensorrt"]) == [["plain, ort", "plain, tensorrt"]]
 
 

@@ -120,7 +120,7 @@ INNER: dict[str, InnerMethod] = {
         ),
         InnerMethod(
             "refetch",
-            "pruned tokens come back as a memory of one FFN when the model is unsure; from Python only",
+            "pruned tokens come back as a memory of one FFN when the model is unsure; from Python and `evaluate`",
             "arXiv 2510.02912v2, appendix D; no code is published, all settings are ours",
             RefetchSettings(),
             experimental=True,
