@@ -152,8 +152,8 @@ class Cut(Frozen):
 
     Attributes:
         layer: 0-based index of the encoder layer.
-        keep: tokens that stay, or the budget if that is larger, the same of every picture of a batch; None for the
-            budget itself, which is what the last cut keeps.
+        keep: tokens of a picture that stay, or as many as its quota asks for if that is more; None for the quota
+            itself, which is what the last cut keeps.
     """
 
     layer: int = Field(ge=0)

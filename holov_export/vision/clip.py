@@ -86,6 +86,11 @@ class _Rows(NamedTuple):
     counts: Tensor
     saliency: Tensor
 
+    @property
+    def mask(self) -> Tensor:
+        """What hides the rows that pad a small quota, see `cutting.real_rows_mask`."""
+        return real_rows_mask(self.positions, self.x.dtype)
+
 
 class LlavaVision(nn.Module):
     """Pixels, budget and quota in; visual tokens, positions, counts and saliency out (see `signature.py`).
@@ -107,51 +112,56 @@ class LlavaVision(nn.Module):
         asked = budget.clamp(1, self.tokens)
         wanted = torch.minimum(quota.clamp_min(1), asked)
         tower, last = self.vision_tower, self.cuts[-1].layer
-        x, done, places, saliency = tower.embedded(pixel_values), 0, None, None
+        x, done = tower.embedded(pixel_values), 0
+        before: _Rows | None = None
+        saliency: Tensor | None = None
         for cut in self.cuts[:-1]:
             assert cut.keep is not None  # spec.check_cuts
-            many = asked.clamp_min(cut.keep)
-            x = tower.through(x, done, cut.layer)
-            rows = self.cut(cut.layer, x, places, many.expand(wanted.shape[0]), many)
-            x, done, places = rows.x, cut.layer + 1, rows.positions
-            saliency = rows.saliency if saliency is None else saliency
-        rows = self.cut(last, tower.through(x, done, last), places, wanted, asked)
+            x = tower.through(x, done, cut.layer, None if before is None else before.mask)
+            before = self.cut(cut.layer, x, before, wanted.clamp_min(cut.keep), asked.clamp_min(cut.keep))
+            x, done = before.x, cut.layer + 1
+            saliency = before.saliency if saliency is None else saliency
+        x = tower.through(x, done, last, None if before is None else before.mask)
+        rows = self.cut(last, x, before, wanted, asked)
         saliency = rows.saliency if saliency is None else saliency
         real = (rows.positions >= 0).unsqueeze(-1)
         x = rows.x
         if last + 1 < len(tower.layers):
-            mask = real_rows_mask(rows.positions, x.dtype)
-            x = tower.through(x, last + 1, len(tower.layers), mask)[:, 1:]
+            x = tower.through(x, last + 1, len(tower.layers), rows.mask)[:, 1:]
         tokens = x if self.features is FeatureSource.PROJECTED else self.multi_modal_projector(x)
         zero = torch.zeros((), dtype=tokens.dtype)
         return torch.where(real, tokens, zero), rows.positions, rows.counts, saliency
 
-    def cut(self, index: int, x: Tensor, places: Tensor | None, quota: Tensor, budget: Tensor) -> _Rows:
+    def cut(self, index: int, x: Tensor, before: _Rows | None, quota: Tensor, budget: Tensor) -> _Rows:
         """Decide by a layer's attention and run the layer for what stays.
 
         Args:
-            index: of the layer. x: [B, Q, E], its input. places: int64 [B, Q - 1], the positions of the rows behind
-                CLS; None for all N in order.
+            index: of the layer. x: [B, Q, E], its input. before: what an earlier cut left; None if all N are there.
             quota: int64 [B]. budget: int64 [1], the number of rows that come out.
         """
         layer = self.vision_tower.layer(index)
+        places, mask = (None, None) if before is None else (before.positions, before.mask)
         normed, keys, values = layer.keys_and_values(x)
-        saliency, hidden, features = layer.saliency(normed, keys), None, None
+        saliency, hidden, features = layer.saliency(normed, keys, mask), None, None
         if self.features is not FeatureSource.NONE:
-            hidden = layer.rows(x, normed, keys, values)
+            hidden = layer.rows(x, normed, keys, values, mask)
             features = self.read(hidden, keys)
         if places is not None:
             saliency, features = spread(saliency, features, places, self.tokens)
         chosen = self.select(saliency, None if features is None else features.float(), quota, budget)
         behind = index + 1 < len(self.vision_tower.layers)
-        at = row_index(chosen.positions, places, self.tokens, with_cls=behind, keeps_cls=self.keeps_cls)
+        # with a mask CLS comes along even if nobody needs it: a single row could not be told from a broadcast axis
+        with_cls = behind or mask is not None
+        at = row_index(chosen.positions, places, self.tokens, with_cls=with_cls, keeps_cls=self.keeps_cls)
         if hidden is None:
-            rows = layer.rows(take_rows(x, at), take_rows(normed, at), keys, values)
+            rows = layer.rows(take_rows(x, at), take_rows(normed, at), keys, values, mask)
         elif self.features is FeatureSource.PROJECTED:
             assert features is not None  # read above
             rows = take_rows(features, at - 1)
         else:
             rows = take_rows(hidden, at)
+        if with_cls and not behind:
+            rows = rows[:, 1:]
         if chosen.merged is not None:
             assert hidden is not None  # a rule that merges reads features
             rows = join_merged(rows, hidden[:, 1:], chosen.positions, chosen.merged)

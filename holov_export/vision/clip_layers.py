@@ -91,11 +91,13 @@ class ClipLayer(nn.Module):
         x = x + self.self_attn.attend(self.self_attn.q_proj(normed), keys, values, mask)
         return x + self.mlp(self.layer_norm2(x))
 
-    def saliency(self, normed: Tensor, keys: Tensor) -> Tensor:
+    def saliency(self, normed: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
         """float32 [B, N]: the CLS row of the attention, mean over heads, CLS column dropped; no dense map."""
         attn = self.self_attn
         query = attn.heads_of(attn.q_proj(normed[:, :1])).float()
         scores = query @ keys.float().transpose(-1, -2) * (query.shape[-1] ** -0.5)
+        if mask is not None:
+            scores = scores + mask.float()
         return scores.softmax(-1).mean(1)[:, 0, 1:]
 
 

@@ -36,7 +36,7 @@ def spread(saliency: Tensor, features: Tensor | None, places: Tensor, tokens: in
     """Values of the M rows that are left, in their places among all N: what a rule decides from at a later cut.
 
     Args:
-        saliency: float32 [B, M]. features: [B, M, ..] or None. places: int64 [B, M], all of them real.
+        saliency: float32 [B, M]. features: [B, M, ..] or None. places: int64 [B, M], -1 for padding.
 
     Returns:
         (float32 [B, N], -1 for the tokens that are gone; float32 [B, N, ..], zero there).

@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalG
 from holov_export.errors import CheckpointError
 from holov_export.export.checkpoint import spec_from_checkpoint
 from holov_export.policies import POLICIES, FeatureSource, HolovPolicy, policy_from_settings
-from holov_export.selection.reference import positions_of
+from holov_export.selection.reference import merged_of, positions_of
 from holov_export.spec import ModelSpec, Precision
 from holov_export.vision.clip import TORCH_DTYPES, LlavaVision, checkpoint_names, vision_from_checkpoint
 from holov_export.vision.clip_layers import activation, take_rows
@@ -90,7 +90,7 @@ def test_full_budget_is_transformers_own(method: str, checkpoint: Path, llava_sp
     assert counts.tolist() == [n] * 3
 
 
-@pytest.mark.parametrize("method", POLICIES)
+@pytest.mark.parametrize("method", [method for method, policy in POLICIES.items() if not policy.merges])
 @pytest.mark.parametrize(("budget", "quota"), [(16, [16, 16, 16]), (20, [20, 7, 1]), (1, [1, 1, 1]), (63, [40, 63, 2])])
 def test_kept_rows_are_the_gathered_rows(
     method: str, budget: int, quota: list[int], checkpoint: Path, llava_spec: ModelSpec, theirs: Theirs
@@ -109,6 +109,43 @@ def test_kept_rows_are_the_gathered_rows(
             policy = policy_from_settings(method)
             expected = positions_of(policy, saliency[image].numpy(), asked, llava_spec.vision.grid)
             assert place[:asked].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("budget", "quota"), [(16, [16, 16, 16]), (20, [20, 7, 1]), (63, [40, 63, 2]), (64, [64] * 3)])
+def test_visionzip_merges_transformers_rows(
+    budget: int, quota: list[int], checkpoint: Path, llava_spec: ModelSpec, theirs: Theirs
+) -> None:
+    """CLS, dominant and contextual rows, from transformers' own hidden states and keys, put together by plain loops."""
+    policy, layer = policy_from_settings("visionzip"), llava_spec.vision.feature_layer
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, attn_implementation="eager", dtype=torch.float32)
+    tower: Any = model.eval().model.vision_tower
+    inner = getattr(tower, "vision_model", tower)
+    with torch.no_grad():
+        states = tower(theirs.pixels, output_hidden_states=True).hidden_states
+        block = inner.encoder.layers[layer]
+        heads = block.self_attn.k_proj(block.layer_norm1(states[layer])).unflatten(-1, (llava_spec.vision.heads, -1))
+        keys = heads.mean(2)[:, 1:]
+    tokens, positions, counts, _ = run(vision_of(checkpoint, llava_spec, "visionzip"), theirs.pixels, budget, quota)
+    assert counts.tolist() == quota
+    joining = 0
+    for image, asked in enumerate(quota):
+        saliency, features = theirs.saliency[image].numpy(), keys[image].numpy()
+        kept = positions_of(policy, saliency, asked, llava_spec.vision.grid, features)
+        merged = merged_of(policy, saliency, asked, features)
+        assert positions[image, :asked].tolist() == kept.tolist()
+        assert kept[0] == llava_spec.vision.tokens, "CLS comes first"
+        hidden = states[layer + 1][image]
+        rows = []
+        for place in kept.tolist():
+            row = hidden[0] if place == llava_spec.vision.tokens else hidden[place + 1]
+            joined = [hidden[1 + token] for token in range(len(merged)) if merged[token] == place]
+            joining += len(joined)
+            rows.append(row + torch.stack(joined).mean(0) if joined else row)
+        with torch.no_grad():
+            expected = model.model.multi_modal_projector(torch.stack(rows))
+        torch.testing.assert_close(tokens[image, :asked], expected, **EXACT)
+        assert not tokens[image, asked:].any()
+    assert joining > 0, "nothing was merged"
 
 
 def test_paper_rule_reads_the_projected_features(checkpoint: Path, llava_spec: ModelSpec, theirs: Theirs) -> None:

@@ -171,6 +171,21 @@ def test_a_batch_is_its_singles_behind_a_cut(
         torch.testing.assert_close(tokens[image, :asked], alone[0], **EXACT)
 
 
+@pytest.mark.parametrize("method", [name for name, policy in POLICIES.items() if policy.in_tower and policy.reselects])
+@pytest.mark.parametrize(("budget", "quota"), [(40, [40, 5, 3]), (12, [12, 9, 1])])
+def test_a_batch_is_its_singles_behind_several_cuts(
+    method: str, budget: int, quota: list[int], checkpoint: Path, llava_spec: ModelSpec, pixels: Tensor
+) -> None:
+    """The first cut keeps 10, or what a picture's own quota asks for, whatever the others of the batch ask for."""
+    feature_layer = llava_spec.vision.feature_layer
+    module = vision_of(checkpoint, llava_spec, method, Cut(layer=0, keep=10), Cut(layer=feature_layer))
+    tokens, positions, _, _ = run(module, pixels, budget, quota)
+    for image, asked in enumerate(quota):
+        alone, where, _, _ = run(module, pixels[image : image + 1], asked, [asked])
+        assert where[0].tolist() == positions[image, :asked].tolist()
+        torch.testing.assert_close(tokens[image, :asked], alone[0], **EXACT)
+
+
 def test_row_index_finds_places() -> None:
     positions = torch.tensor([[5, 2, -1]])
     assert row_index(positions, None, 8, with_cls=False, keeps_cls=False).tolist() == [[6, 3, 1]]
