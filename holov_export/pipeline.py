@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from PIL import Image
 
@@ -373,9 +373,25 @@ def readiness_report(bundle: Bundle) -> ReadinessReport:
     Raises:
         BundleError: the bundle has no such report, or one of another version.
     """
-    path = bundle.folder / REPORTS / report_file(READINESS, bundle)
+    return _read_report(bundle, READINESS, ReadinessReport)
+
+
+def written_parity(bundle: Bundle) -> ParityReport:
+    """The parity report that the export wrote for the graph that `bundle` stands for.
+
+    Raises:
+        BundleError: the bundle has no such report (`--no-verify`), or one of another version.
+    """
+    return _read_report(bundle, PARITY, ParityReport)
+
+
+_Report = TypeVar("_Report", ParityReport, ReadinessReport)
+
+
+def _read_report(bundle: Bundle, name: str, kind: type[_Report]) -> _Report:
+    path = bundle.folder / REPORTS / report_file(name, bundle)
     try:
-        return ReadinessReport.model_validate_json(path.read_text(encoding="utf-8"))
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError(
             f"the bundle has no report that can be read: {path.name}.", hint="Export it again."

@@ -56,7 +56,7 @@ def draw_answers(axis: Any, found: Evaluation) -> None:
     axis.set_xlabel(f"layer that decides ({feature_layer} is the usual place)")
     axis.set_ylabel("answers kept, % of all 144 tokens")
     axis.set_title(f"Demo model, 6 layers: {found.data.questions} questions", fontsize=10)
-    axis.legend(fontsize=7, loc="lower right")
+    axis.legend(fontsize=7, loc="lower right", handlelength=3.5)
     axis.grid(alpha=0.3)
 
 

@@ -131,6 +131,27 @@ def test_show_draws_graphs_and_rules(bundle: Path, photo: Path, tmp_path: Path, 
     assert "reads features that this bundle does not give" in capsys.readouterr().err
 
 
+def test_check_and_lower_take_a_method(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert run(["check", str(bundle), "--method", "scope", "--tensorrt", "10.3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["graph"].endswith("scope")
+    assert run(["lower", str(bundle), "--method", "scope", "--tensorrt", "8.6", "-o", str(tmp_path / "low")]) == 0
+    assert (tmp_path / "low" / "vision-scope.onnx").is_file()
+    assert run(["check", str(bundle), "--method", "divprune"]) == 2
+    assert "no graph for 'divprune'" in capsys.readouterr().err
+
+
+def test_export_says_what_it_found_of_every_graph(llava_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    arguments = ["--model", str(llava_checkpoint), "--no-decoder", "--method", "holov,visionzip"]
+    assert run([*arguments, "-o", str(tmp_path / "a")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("visionzip: ") and line.endswith("  ok") for line in lines)
+    assert run([*arguments, "-o", str(tmp_path / "b"), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["methods"] == ["holov", "visionzip"]
+    assert made["also"]["visionzip"]["parity"]["method"] == "visionzip"
+    assert made["also"]["visionzip"]["tensorrt"]["10.3"] is True
+
+
 def test_compile_plans_a_graph(bundle: Path, capsys: Capture) -> None:
     arguments = ["compile", str(bundle), "--target", "h200", "--dry-run", "--json", "--method", "scope"]
     assert run(arguments) == 0

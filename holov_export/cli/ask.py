@@ -40,7 +40,7 @@ from holov_export.verify.picture import panels_from_bundle, picture_of_panels
 @bundle_argument
 @click.argument("images", nargs=-1, required=True, type=UserPath(), metavar="IMAGE...")
 @click.argument("prompt")
-@click.option("--budget", type=int, help="Visual tokens of each image [default: a ninth of them].")
+@click.option("--budget", type=int, help="Visual tokens of each image [default: the bundle's, or a ninth of them].")
 @method_option
 @click.option("--quota", "quotas", type=int, multiple=True, help="Tokens of one image, at most the budget; repeat.")
 @click.option("--decoder", type=click.Choice(["genai", "hf"]), default="genai", show_default=True, help="Back end.")
@@ -197,7 +197,7 @@ def _timing_line(answer: Generation) -> str:
 @click.command()
 @bundle_argument
 @click.argument("image", type=UserPath())
-@click.option("--budget", type=int, help="Visual tokens [default: a ninth of them].")
+@click.option("--budget", type=int, help="Visual tokens [default: the bundle's, or a ninth of them].")
 @click.option(
     "--methods",
     help="Graphs of the bundle, or rules that read no features, comma separated [default: its first graph].",

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 from rich.text import Text
 
+from holov_export.bundle import Bundle, read_manifest
 from holov_export.cli.console import OUT, print_json, table
-from holov_export.cli.options import UserPath, json_option
+from holov_export.cli.options import UserPath, json_option, method_option
 from holov_export.compile.graph_file import graph_path, write_lowered
 from holov_export.compile.readiness import VERSIONS, Finding, ReadinessReport, VersionReadiness, readiness_of
 from holov_export.errors import UsageError
@@ -30,16 +31,24 @@ target_option = click.option("--target", help="The versions of a deployment targ
 @model_argument
 @target_option
 @click.option("--tensorrt", "versions", multiple=True, metavar="VERSION", help="A TensorRT version; may be repeated.")
+@method_option
 @json_option
 @click.pass_context
-def check(ctx: click.Context, model: Path, target: str | None, versions: tuple[str, ...], as_json: bool) -> None:
+def check(
+    ctx: click.Context,
+    model: Path,
+    target: str | None,
+    versions: tuple[str, ...],
+    method: str | None,
+    as_json: bool,
+) -> None:
     """Say whether TensorRT will take a graph; needs no GPU.
 
     Exit code 1 if a version has errors. A static check of operators, types, shapes and loops against what each version
     documents. "Ready" means that no rule found an error, not that TensorRT has parsed the graph.
     """
     asked = versions_asked(target, versions) or VERSIONS
-    report = readiness_of(graph_path(model), asked)
+    report = readiness_of(_graph(model, method), asked)
     if as_json:
         print_json({**report.model_dump(mode="json"), "ready": report.ready})
     else:
@@ -51,8 +60,9 @@ def check(ctx: click.Context, model: Path, target: str | None, versions: tuple[s
 @model_argument
 @target_option
 @click.option("--tensorrt", "version", metavar="VERSION", help="The TensorRT version that will read the graph.")
+@method_option
 @click.option("-o", "--output", type=UserPath(), required=True, help="Folder to write to; made if it is missing.")
-def lower(model: Path, target: str | None, version: str | None, output: Path) -> None:
+def lower(model: Path, target: str | None, version: str | None, method: str | None, output: Path) -> None:
     """Write the graph as an older TensorRT reads it.
 
     The folder, with the weights in it, is for trtexec on a board.
@@ -63,8 +73,17 @@ def lower(model: Path, target: str | None, version: str | None, output: Path) ->
     asked = versions_asked(target, (version,) if version else ())
     if not asked:
         raise UsageError("for which TensorRT?", hint="Add --tensorrt 8.6 or --target NAME.")
-    written = write_lowered(graph_path(model), asked[0], output)
+    written = write_lowered(_graph(model, method), asked[0], output)
     OUT.print(str(written), soft_wrap=True)
+
+
+def _graph(model: Path, method: str | None) -> Path:
+    """The ONNX file that a bundle and --method name.
+
+    Raises:
+        BundleError, UsageError: see `graph_path`. UnknownNameError: the bundle has no such graph.
+    """
+    return graph_path(model) if method is None else Bundle(model, read_manifest(model)).of_method(method).vision
 
 
 def versions_asked(target: str | None, versions: tuple[str, ...]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from holov_export.pipeline import (
     export_bundle,
     plan_from_request,
     readiness_report,
+    written_parity,
 )
 from holov_export.policies import POLICIES, SelectionPolicy, policy_from_settings
 from holov_export.runtime.runner import default_budget
@@ -234,13 +235,35 @@ def _result(bundle: Bundle, report: ParityReport | None, engine: Engine | None) 
         "bytes": sum(item.bytes for item in bundle.manifest.artifacts),
         "parity": None if report is None else report.model_dump(mode="json"),
         "tensorrt": {version.tensorrt: version.ready for version in readiness.versions},
+        "methods": list(bundle.methods),
+        "also": {view.method: _further_result(view, verified=report is not None) for view in _further(bundle)},
     }
     return made if engine is None else {**made, **engine_json(engine)}
+
+
+def _further(bundle: Bundle) -> list[Bundle]:
+    """The bundle once for each graph beside the default one."""
+    return [bundle.of_method(method) for method in bundle.methods[1:]]
+
+
+def _further_result(view: Bundle, *, verified: bool) -> dict[str, Any]:
+    return {
+        "parity": written_parity(view).model_dump(mode="json") if verified else None,
+        "tensorrt": {version.tensorrt: version.ready for version in readiness_report(view).versions},
+    }
 
 
 def _print_result(bundle: Bundle, report: ParityReport | None) -> None:
     if report is not None:
         print_report(report)
+        for view in _further(bundle):
+            found = written_parity(view)
+            worst = max(item.token_error for item in found.comparisons)
+            OUT.print(
+                f"{view.method}: {len(found.comparisons)} comparisons of {len(found.pictures)} pictures, largest token "
+                f"error {worst:.1e}  {'ok' if found.passed else 'FAILED'}",
+                soft_wrap=True,
+            )
     for method in bundle.methods:
         view = bundle.of_method(method)
         OUT.print((f"{method}: " if len(bundle.methods) > 1 else "") + _readiness_line(view))

@@ -71,7 +71,7 @@ def _print_bundle(bundle: Bundle) -> None:
     head.add_column(str(bundle.folder))
     head.add_row("model", f"{plan.model.name} ({plan.source.kind}: {plan.source.name})")
     for number, entry in enumerate(plan.graphs):
-        head.add_row("selection" if number == 0 else "and with --method", graph_text(entry))
+        head.add_row("selection" if number == 0 else f"--method {entry.name}", graph_text(entry))
     head.add_row("precision", f"{plan.precision.value}, opset {plan.opset}")
     head.add_row("decoder", plan.decoder.value if plan.decoder else "none")
     head.add_row("written by", f"{manifest.provenance.tool}, {manifest.provenance.created}")

@@ -53,9 +53,7 @@ def _greedy_seconds(machine: Machine, shape: ModelShape, *, steps: int, batch: i
     return similarity + steps * machine.moved(batch * tokens * tokens, form, kernels=STEP_KERNELS)
 
 
-def _vision_layer(
-    machine: Machine, shape: ModelShape, form: Format, *, entering: int, kept: int, batch: int
-) -> float:
+def _vision_layer(machine: Machine, shape: ModelShape, form: Format, *, entering: int, kept: int, batch: int) -> float:
     """One layer: keys and values for all rows that enter, everything else for `kept` rows of each image."""
     vision = shape.vision
     width, every, some = vision.width, batch * entering, batch * kept

@@ -33,12 +33,14 @@ class Panel:
     Attributes:
         method: name of the graph or rule. policy: the rule.
         positions: kept, without padding and without CLS. zero_rows: rows that the rule filled with zeros.
+        cls: the CLS token is kept as well.
     """
 
     method: str
     policy: SelectionPolicy
     positions: Int64Array
     zero_rows: int
+    cls: bool = False
 
 
 def panels_from_bundle(
@@ -86,7 +88,8 @@ def panels_from_bundle(
                 saliency = seen.saliency[0]
             kept = positions_of(policy, saliency, budget, model.vision.grid)
         patches = kept[(kept >= 0) & (kept < model.vision.tokens)]
-        panels.append(Panel(method, policy, patches, int((kept < 0).sum())))
+        whole = bool((kept == model.vision.tokens).any())
+        panels.append(Panel(method, policy, patches, int((kept < 0).sum()), whole))
     return picture, pixels.boxes[0], panels
 
 
@@ -106,7 +109,7 @@ def picture_of_panels(
     total = grid[0] * grid[1]
     drawn = [(f"what the tower sees: {total} tokens", seen)]
     for panel in panels:
-        zeros = f", {panel.zero_rows} zero rows" if panel.zero_rows else ""
+        zeros = f", {panel.zero_rows} zero rows" if panel.zero_rows else ", and CLS" if panel.cls else ""
         caption = f"{panel.method}: {len(panel.positions)} of {total}{zeros}"
         drawn.append((caption, _lit(seen, panel, grid)))
     canvas = Image.new("RGB", (len(drawn) * (seen.width + _GAP) - _GAP, seen.height + _CAPTION), (24, 24, 24))
