@@ -156,6 +156,32 @@ def graphs_block() -> str:
     return "\n".join([*markdown(head, rows), "", note])
 
 
+def rules_block() -> str:
+    """docs/benchmarks.md: what each rule costs alone, and how that grows."""
+    result = read("selection-rules-cpu.json")
+    growth = result["growth_with_tokens"]
+    rows = []
+    for row in result["rules"]:
+        times = [f"{row['cpu_ms'][budget]:.1f}" for budget in ("1", "64", "192")]
+        grows = growth[row["method"]]["whole"] if row["tokens"] > 576 else None
+        rows.append(
+            [
+                f"`{row['method']}`",
+                str(row["tokens"]),
+                str(row["width"]) if row["width"] > 1 else "",
+                *times,
+                f"{row['ms_a_step']:.3f}",
+                "" if grows is None else f"N^{grows:.1f}",
+            ]
+        )
+    head = ["rule", "N", "D", "K = 1", "K = 64", "K = 192", "one more token", "grows like, at K = 64"]
+    note = (
+        f"CPU ms, one thread on {result['machine']['cpu']}, the product of all pairs of rows included where a rule "
+        f"needs it, {result['date'][:10]} (`scripts/check_rules.py`)."
+    )
+    return "\n".join([*markdown(head, rows), "", note])
+
+
 def published_block() -> str:
     """README: what others published of LLaVA-1.5-7B."""
     data = json.loads((ROOT / "benchmarks" / "published" / "llava-1.5-7b.json").read_text(encoding="utf-8"))

@@ -33,6 +33,7 @@ from answer_tables import (
     graphs_block,
     inside_block,
     published_block,
+    rules_block,
     study_block,
 )
 from check_estimates import document as estimates_document
@@ -75,7 +76,9 @@ def documents() -> dict[Path, str]:
         ROOT / "docs" / "published-results.md": replaced(published, "published-answers", published_block()),
         ROOT / "engines" / "target.schema.json": target_schema_text(),
         ROOT / "README.md": readme,
-        ROOT / "docs" / "benchmarks.md": replaced(benchmarks, "bench-demo", bench_tables("bench-demo-cpu.json")),
+        ROOT / "docs" / "benchmarks.md": replaced(
+            replaced(benchmarks, "bench-demo", bench_tables("bench-demo-cpu.json")), "rules", rules_block()
+        ),
     }
 
 
