@@ -8,9 +8,8 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 
@@ -24,7 +23,6 @@ from holov_export.bundle import (
     Manifest,
     artifacts_in,
     atomic_folder,
-    check_target,
     graph_file,
     provenance,
     write_manifest,
@@ -35,20 +33,10 @@ from holov_export.compile.engine_from_onnx import engine_from_bundle
 from holov_export.compile.machine import check_gpu, this_machine
 from holov_export.compile.readiness import ReadinessReport, readiness_of
 from holov_export.engine import Engine
-from holov_export.errors import BundleError, CheckpointError, ParityError, UsageError
+from holov_export.errors import BundleError, CheckpointError, ParityError
 from holov_export.extras import is_installed, require
-from holov_export.policies import SelectionPolicy
-from holov_export.spec import (
-    OPSETS,
-    CheckpointSource,
-    DecoderPrecision,
-    ExportPlan,
-    GraphPlan,
-    ModelSpec,
-    Precision,
-    check_cuts,
-    cuts_from_text,
-)
+from holov_export.request import ExportRequest, plan_from_request
+from holov_export.spec import ExportPlan, GraphPlan
 from holov_export.targets import EngineTarget
 from holov_export.verify.answers import compare_decoder
 from holov_export.verify.parity import ParityReport
@@ -64,128 +52,8 @@ PARITY, READINESS = "parity.json", "readiness.json"
 _RECORDED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
 
 
-@dataclass(frozen=True)
-class GraphRequest:
-    """A further vision graph: its rule, and `select_layer` as in `ExportRequest`."""
-
-    policy: SelectionPolicy
-    select_layer: str | None = None
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """What a user asks for.
-
-    Attributes:
-        model: a catalogue name, a directory or OWNER/REPO[@REVISION].
-        policy: the rule of the graph that runs unless another one is asked for.
-        select_layer: where in the tower it cuts, as `spec.cuts_from_text` reads it; None for the feature layer. A
-            budget that it names, or that of a further graph, is the bundle's.
-        also: further graphs over the same weights.
-        output: folder of the bundle; None means MODEL-METHOD-PRECISION in the working directory.
-        decoder: precision of the embedded decoder; None leaves it out.
-        decoder_provider: "cpu" or "cuda", what the decoder's graph is built for.
-        verify: write a parity report and refuse the export if it fails.
-    """
-
-    model: str
-    policy: SelectionPolicy
-    precision: Precision
-    decoder: DecoderPrecision | None
-    output: Path | None = None
-    overwrite: bool = False
-    verify: bool = True
-    decoder_provider: Literal["cpu", "cuda"] = "cpu"
-    select_layer: str | None = None
-    also: tuple[GraphRequest, ...] = ()
-
-
 def silent(message: str) -> None:
     """A `Tell` that says nothing."""
-
-
-def plan_from_request(request: ExportRequest) -> tuple[ExportPlan, Path]:
-    """Resolve everything an export will do, and refuse what it would refuse; fetches configuration files only.
-
-    Returns:
-        (plan, absolute output folder).
-
-    Raises:
-        UsageError, EnvironmentFaultError: see `catalog`, `export.checkpoint` and `bundle.check_target`.
-    """
-    from holov_export.export.checkpoint import config_sha256, spec_from_checkpoint
-    from holov_export.export.decoder_onnx import check_language_model, check_precision
-
-    if request.decoder is not None:
-        check_precision(request.decoder, request.decoder_provider)
-    reference = reference_from_name(request.model)
-    checkpoint = checkpoint_from_reference(reference, weights=False)
-    spec = spec_from_checkpoint(checkpoint.folder, reference.label)
-    if request.decoder is not None:
-        check_language_model(checkpoint.folder, spec.decoder)
-    source = CheckpointSource(
-        kind=checkpoint.source.kind,
-        name=checkpoint.source.name,
-        revision=checkpoint.source.revision,
-        config_sha256=config_sha256(checkpoint.folder),
-    )
-    (graph, *also), budget = _graphs_from_request(request, spec)
-    plan = ExportPlan(
-        model=spec,
-        source=source,
-        policy=graph.policy,
-        cuts=graph.cuts,
-        also=tuple(also),
-        budget=budget,
-        precision=request.precision,
-        decoder=request.decoder,
-        decoder_provider=request.decoder_provider,
-        opset=OPSETS[request.precision],
-    )
-    output = request.output or Path(f"{spec.name}-{_file_name(plan.method)}-{request.precision.value}")
-    check_target(output.absolute(), overwrite=request.overwrite)
-    return plan, output.absolute()
-
-
-def _graphs_from_request(request: ExportRequest, spec: ModelSpec) -> tuple[list[GraphPlan], int | None]:
-    """(all graphs, the budget that their schedules name).
-
-    Raises:
-        UsageError: see `_graph_from_request`; two have the same name, or name different budgets.
-    """
-    asked = (GraphRequest(request.policy, request.select_layer), *request.also)
-    found = [_graph_from_request(further, spec) for further in asked]
-    names = [graph.name for graph, _ in found]
-    if len(set(names)) < len(names):
-        raise UsageError(f"two graphs have the same name: {', '.join(names)}.", hint="Name each rule once.")
-    budgets = {budget for _, budget in found if budget is not None}
-    if len(budgets) > 1:
-        raise UsageError(
-            f"the graphs name different budgets: {', '.join(map(str, sorted(budgets)))}.",
-            hint="A bundle has one usual budget; name it behind the last layer of one graph.",
-        )
-    return [graph for graph, _ in found], next(iter(budgets), None)
-
-
-def _graph_from_request(request: GraphRequest, spec: ModelSpec) -> tuple[GraphPlan, int | None]:
-    """(the graph, the budget that its schedule names).
-
-    Raises:
-        UsageError: the layers do not parse, do not exist, or the rule cannot decide there.
-    """
-    try:
-        cuts, budget = cuts_from_text(request.select_layer, spec.vision) if request.select_layer else ((), None)
-        check_cuts(request.policy, cuts)
-    except ValueError as error:
-        raise UsageError(
-            f"the layers '{request.select_layer}' of '{request.policy.method}' are wrong: {error}.",
-            hint="Write a layer such as 12, or a schedule such as 12:256,22:64.",
-        ) from error
-    return GraphPlan(policy=request.policy, cuts=cuts), budget
-
-
-def _file_name(method: str) -> str:
-    return graph_file(method, "", "").strip("-")
 
 
 def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundle, ParityReport | None]:

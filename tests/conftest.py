@@ -19,8 +19,9 @@ from toys import write_toy_bundle
 from holov_export.bundle import Bundle
 from holov_export.export.checkpoint import spec_from_checkpoint
 from holov_export.export.decoder_onnx import decoder_from_checkpoint
-from holov_export.pipeline import ExportRequest, export_bundle
+from holov_export.pipeline import export_bundle
 from holov_export.policies import HolovPolicy
+from holov_export.request import ExportRequest
 from holov_export.spec import DecoderPrecision, ModelSpec, Precision
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from holov_export import Session
 from holov_export.assets import data_folder
-from holov_export.pipeline import ExportRequest, export_bundle
+from holov_export.pipeline import export_bundle
 from holov_export.policies import HolovPolicy
+from holov_export.request import ExportRequest
 from holov_export.spec import DecoderPrecision, Precision
 from holov_export.tensors import SamplingSettings
 

@@ -13,8 +13,9 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from holov_export import Session
-from holov_export.pipeline import ExportRequest, export_bundle
+from holov_export.pipeline import export_bundle
 from holov_export.policies import HolovPolicy
+from holov_export.request import ExportRequest
 from holov_export.selection.reference import positions_of
 from holov_export.spec import DecoderPrecision, Precision
 from holov_export.tensors import SamplingSettings

@@ -17,8 +17,9 @@ from holov_export import pipeline
 from holov_export.bundle import open_bundle
 from holov_export.catalog import Checkpoint, ModelReference
 from holov_export.errors import BundleError, CheckpointError, ParityError, StorageError, UnsupportedModelError
-from holov_export.pipeline import ExportRequest, export_bundle
+from holov_export.pipeline import export_bundle
 from holov_export.policies import ClsTopkPolicy, HolovPaperPolicy, HolovPolicy, ScopePolicy, SelectionPolicy
+from holov_export.request import ExportRequest
 from holov_export.spec import Precision
 from holov_export.verify.parity import TOLERANCES
 
@@ -262,7 +263,8 @@ def test_nothing_is_fetched_before_the_request_is_refused(
         asked.append(weights)
         return original(reference, weights=weights)
 
-    monkeypatch.setattr(pipeline, "checkpoint_from_reference", counted)
+    for module in ("pipeline", "request"):
+        monkeypatch.setattr(f"holov_export.{module}.checkpoint_from_reference", counted)
     out = tmp_path / "bundle"
     out.mkdir()
     (out / "something").touch()

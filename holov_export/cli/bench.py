@@ -14,7 +14,7 @@ import click
 
 from holov_export.bundle import Bundle, open_bundle, read_manifest
 from holov_export.cli.console import OUT, print_json, progress, say, table
-from holov_export.cli.options import UserPath, json_option, method_names, provider_option, verify_option
+from holov_export.cli.options import UserPath, json_option, method_names, numbers, provider_option, verify_option
 from holov_export.errors import CheckpointError, StorageError
 from holov_export.extras import require
 from holov_export.pipeline import Tell, checkpoint_of
@@ -27,19 +27,6 @@ from holov_export.verify.bench_report import PLOT, remarks_of, tables_of, write_
 from holov_export.verify.bench_results import BenchReport
 from holov_export.verify.bench_run import BenchRequest, bench
 from holov_export.verify.bench_tensorrt import engine_for_comparison, tensorrt_contestant
-
-
-def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
-    """(576, 192, 64) of "576,192,64": whole numbers of at least 1, each once; () where nothing was said."""
-    if value is None:
-        return ()
-    try:
-        numbers = tuple(int(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"'{value}' is no list of whole numbers such as 1,4,16.", ctx, param) from None
-    if min(numbers) < 1:
-        raise click.BadParameter(f"{min(numbers)} is below 1.", ctx, param)
-    return tuple(dict.fromkeys(numbers))
 
 
 def _engines(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -56,8 +43,8 @@ def _engines(ctx: click.Context, param: click.Parameter, value: str) -> tuple[st
 @click.option("--compare", "others", multiple=True, type=UserPath(), metavar="BUNDLE", help="Another bundle; repeat.")
 @click.option("--methods", help="Graphs of each bundle, comma separated [default: its first graph].")
 @click.option("--engine", "engines", callback=_engines, default="ort", show_default=True, help="ort, tensorrt or both.")
-@click.option("--budgets", callback=_numbers, help="Budgets K [default: all tokens, a third, two ninths, a ninth].")
-@click.option("--batch", "batches", callback=_numbers, default="1", show_default=True, help="Batch sizes B.")
+@click.option("--budgets", callback=numbers, help="Budgets K [default: all tokens, a third, two ninths, a ninth].")
+@click.option("--batch", "batches", callback=numbers, default="1", show_default=True, help="Batch sizes B.")
 @click.option(
     "--vs",
     multiple=True,
@@ -69,7 +56,7 @@ def _engines(ctx: click.Context, param: click.Parameter, value: str) -> tuple[st
 @click.option("--repeats", type=click.IntRange(1), default=30, show_default=True, help="Interleaved rounds.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Instead: seconds for each case.")
 @click.option("--alone", type=click.FloatRange(0), default=1.0, show_default=True, help="Seconds of each case alone.")
-@click.option("--concurrency", callback=_numbers, help="Numbers of callers at once, such as 1,2,4,8,16,32.")
+@click.option("--concurrency", callback=numbers, help="Numbers of callers at once, such as 1,2,4,8,16,32.")
 @click.option("--decoder", "first_token", is_flag=True, help="Time the embedded decoder's first token as well.")
 @click.option("--no-profile", is_flag=True, help="Do not profile what the selection takes.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of ONNX Runtime.")

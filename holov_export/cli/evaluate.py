@@ -19,7 +19,7 @@ from rich.text import Text
 
 from holov_export.bundle import Bundle, open_bundle, read_manifest
 from holov_export.cli.console import ERR, OUT, print_json, say, table
-from holov_export.cli.options import UserPath, bundle_argument, provider_option, verify_option
+from holov_export.cli.options import UserPath, bundle_argument, method_names, numbers, provider_option, verify_option
 from holov_export.errors import BundleError, StorageError
 from holov_export.evaluate.data import Dataset, check_pictures
 from holov_export.evaluate.formats import FORMATS, dataset_from_path
@@ -50,7 +50,6 @@ from holov_export.extras import require
 from holov_export.pipeline import checkpoint_of
 
 Command = Callable[..., None]
-_CUT = re.compile(r"\d+(:\d+)?")
 #: an option and its value in one word: --output=/tmp/x, -o/tmp/x
 _OPTION = re.compile(r"(--[a-z-]+=|-[a-z])(.*)", re.DOTALL)
 
@@ -80,29 +79,10 @@ class Asked:
     baseline: str | None = None
 
 
-def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
-    """(576, 192, 64) of "576,192,64": whole numbers of at least 1, each once."""
-    if value is None:
-        return ()
-    try:
-        numbers = tuple(int(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"'{value}' is no list of whole numbers such as 576,192,64.", ctx, param) from None
-    if min(numbers) < 1:
-        raise click.BadParameter(f"{min(numbers)} is below 1.", ctx, param)
-    return tuple(dict.fromkeys(numbers))
-
-
 def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
     if value is None:
         return ()
-    parts: list[str] = []
-    for part in (item.strip() for item in value.split(",")):
-        if parts and _CUT.fullmatch(part):
-            parts[-1] += f",{part}"  # the second cut of a rule such as holov@12:256,22
-        else:
-            parts.append(part)
-    names = tuple(dict.fromkeys(parts))
+    names = tuple(dict.fromkeys(method_names(value)))
     if "" in names:
         raise click.BadParameter(f"'{value}' is no list of names such as holov,scope.", ctx, param)
     return names
@@ -111,7 +91,7 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 _SHARED = (
     bundle_argument,
     click.argument("data", type=UserPath()),
-    click.option("--budgets", callback=_numbers, help="Budgets K [default: a third, two ninths and a ninth of N]."),
+    click.option("--budgets", callback=numbers, help="Budgets K [default: a third, two ninths and a ninth of N]."),
     click.option("--methods", callback=_names, help="Rules, comma separated [default: all that the bundle holds]."),
     click.option(
         "--metric",

@@ -16,16 +16,9 @@ from holov_export.compile.compilation import CompileOptions, engine_folder
 from holov_export.compile.preview import previews
 from holov_export.engine import Engine
 from holov_export.errors import UsageError
-from holov_export.pipeline import (
-    ExportRequest,
-    GraphRequest,
-    export_and_compile,
-    export_bundle,
-    plan_from_request,
-    readiness_report,
-    written_parity,
-)
+from holov_export.pipeline import export_and_compile, export_bundle, readiness_report, written_parity
 from holov_export.policies import POLICIES, SelectionPolicy, policy_from_settings
+from holov_export.request import ExportRequest, GraphRequest, plan_from_request
 from holov_export.runtime.runner import default_budget
 from holov_export.spec import DecoderPrecision, ExportPlan, GraphPlan, Precision
 from holov_export.targets import EngineTarget

@@ -64,3 +64,16 @@ def graph_of(bundle: Bundle, method: str | None) -> Bundle:
 def method_names(text: str) -> list[str]:
     """["holov@12:256,22", "scope"] of "holov@12:256,22,scope": what begins like a number belongs to the name before."""
     return [name.strip() for name in re.split(r",(?!\s*\d)", text)]
+
+
+def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """(576, 192, 64) of "576,192,64": whole numbers of at least 1, each once; () where nothing was said."""
+    if value is None:
+        return ()
+    try:
+        found = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"'{value}' is no list of whole numbers such as 576,192,64.", ctx, param) from None
+    if min(found) < 1:
+        raise click.BadParameter(f"{min(found)} is below 1.", ctx, param)
+    return tuple(dict.fromkeys(found))

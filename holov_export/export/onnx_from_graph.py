@@ -156,7 +156,7 @@ def _exported(module: LlavaVision | PlainVision, plan: ExportPlan) -> ir.Model:
     budget = min(2, vision.tokens)
     arguments = (pixels, torch.tensor([budget]), torch.tensor([budget, 1]))
     batch = torch.export.Dim.DYNAMIC
-    with _quiet():
+    with quiet_exporter():
         program = torch.onnx.export(
             module,
             arguments,
@@ -174,7 +174,7 @@ def _exported(module: LlavaVision | PlainVision, plan: ExportPlan) -> ir.Model:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """The exporter prints and warns about packages that are not needed; errors are exceptions and get through."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration")]
     levels = [logger.level for logger in loggers]

@@ -6,16 +6,11 @@ bundle comes from here.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
-
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from holov_export.export.onnx_from_graph import quiet_exporter
 from holov_export.export.passes import clean
 from holov_export.export.translations import translation_table
 from holov_export.policies import FeatureSource, SelectionPolicy
@@ -67,7 +62,7 @@ def onnx_from_rule(module: RuleAlone | StepsAlone, tokens: int, width: int, opse
     names = ["saliency", "features", "quota", "budget"]
     merges = isinstance(module, RuleAlone) and module.merges
     outputs = ["state"] if isinstance(module, StepsAlone) else ["positions", "counts", *(["merged"] if merges else [])]
-    with _quiet():
+    with quiet_exporter():
         program = torch.onnx.export(
             module.eval(),
             arguments,
@@ -85,20 +80,6 @@ def onnx_from_rule(module: RuleAlone | StepsAlone, tokens: int, width: int, opse
     assert shape is not None
     clean(program.model, {str(getattr(shape[0], "value", shape[0])): "batch"})
     return program.model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter prints, and logs which optional packages it does not find."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _check_budget(budget: Tensor, tokens: int) -> None:

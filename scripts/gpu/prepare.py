@@ -31,8 +31,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(
 from steps import Steps, numbers  # noqa: E402
 
 from holov_export.bundle import Bundle, open_bundle  # noqa: E402
-from holov_export.pipeline import ExportRequest, export_bundle  # noqa: E402
+from holov_export.pipeline import export_bundle  # noqa: E402
 from holov_export.policies import policy_from_settings  # noqa: E402
+from holov_export.request import ExportRequest  # noqa: E402
 from holov_export.runtime.preprocess import pixels_from_images  # noqa: E402
 from holov_export.runtime.runner_ort import OrtRunner  # noqa: E402
 from holov_export.spec import Precision  # noqa: E402

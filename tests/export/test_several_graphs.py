@@ -11,8 +11,9 @@ import pytest
 
 from holov_export.bundle import Bundle, open_bundle
 from holov_export.errors import UnknownNameError, UsageError
-from holov_export.pipeline import ExportRequest, GraphRequest, export_bundle, plan_from_request, readiness_report
+from holov_export.pipeline import export_bundle, readiness_report
 from holov_export.policies import POLICIES, HolovPolicy, policy_from_settings
+from holov_export.request import ExportRequest, GraphRequest, plan_from_request
 from holov_export.runtime.session import Session
 from holov_export.spec import Precision
 

@@ -8,8 +8,9 @@ import pytest
 from runtime.engines import Foundry
 
 from holov_export.bundle import Bundle
-from holov_export.pipeline import ExportRequest, export_bundle
+from holov_export.pipeline import export_bundle
 from holov_export.policies import HolovPolicy
+from holov_export.request import ExportRequest
 from holov_export.spec import Precision
 
 

@@ -23,8 +23,9 @@ from holov_export.errors import (
     UnknownNameError,
     UsageError,
 )
-from holov_export.pipeline import ExportRequest, export_bundle
+from holov_export.pipeline import export_bundle
 from holov_export.policies import VisionzipPolicy
+from holov_export.request import ExportRequest
 from holov_export.runtime.runner_ort import OrtRunner
 from holov_export.spec import Precision
 from holov_export.targets import target_from_name
