@@ -14,8 +14,16 @@ import click
 
 from holov_export.bundle import Bundle, open_bundle, read_manifest
 from holov_export.cli.console import OUT, print_json, progress, say, table
-from holov_export.cli.options import UserPath, json_option, method_names, numbers, provider_option, verify_option
-from holov_export.errors import CheckpointError, StorageError
+from holov_export.cli.options import (
+    UserPath,
+    check_output,
+    json_option,
+    method_names,
+    numbers,
+    provider_option,
+    verify_option,
+)
+from holov_export.errors import CheckpointError
 from holov_export.extras import require
 from holov_export.pipeline import Tell, checkpoint_of
 from holov_export.runtime.runner import checked_budget
@@ -151,15 +159,7 @@ def _check_request(
             checked_budget(budget, tokens)
     if output is not None:
         require("matplotlib")
-        if output.exists() and not output.is_dir():
-            raise StorageError(f"'{output}' is a file, the results need a folder.", hint="Choose another --output.")
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=output).close()
-        except OSError as error:
-            raise StorageError(
-                f"cannot write to '{output}': {error.strerror}.", hint="Choose another --output."
-            ) from error
+        check_output(output)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +18,16 @@ from rich.text import Text
 
 from holov_export.bundle import Bundle, open_bundle, read_manifest
 from holov_export.cli.console import ERR, OUT, print_json, say, table
-from holov_export.cli.options import UserPath, bundle_argument, method_names, numbers, provider_option, verify_option
-from holov_export.errors import BundleError, StorageError
+from holov_export.cli.options import (
+    UserPath,
+    bundle_argument,
+    check_output,
+    method_names,
+    numbers,
+    provider_option,
+    verify_option,
+)
+from holov_export.errors import BundleError
 from holov_export.evaluate.data import Dataset, check_pictures
 from holov_export.evaluate.formats import FORMATS, dataset_from_path
 from holov_export.evaluate.journal import open_journal
@@ -194,7 +201,7 @@ def ready_to_ask(asked: Asked) -> Ready:
     dataset = dataset.first(asked.limit)
     chosen_metrics(dataset, asked.metric)
     check_pictures(dataset)
-    _check_output(asked.output)
+    check_output(asked.output)
     bundle = open_bundle(asked.bundle, verify=asked.verify)
     plan = plan_from_bundle(bundle, asked.methods, asked.budgets, decoder=asked.decoder, baseline=asked.baseline)
     settings = settings_of(asked, bundle)
@@ -248,16 +255,6 @@ def settings_of(asked: Asked, bundle: Bundle) -> AskSettings:
     return AskSettings(
         asked.decoder, checkpoint, asked.provider, asked.threads, asked.suffix.strip(), asked.max_new_tokens
     )
-
-
-def _check_output(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise StorageError(f"'{output}' is a file, the results need a folder.", hint="Choose another --output.")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise StorageError(f"cannot write to '{output}': {error.strerror}.", hint="Choose another --output.") from error
 
 
 def _say_what_is_to_do(plan: Plan, dataset: Dataset, missing: int) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 
 from holov_export.bundle import Bundle
+from holov_export.errors import StorageError
 from holov_export.runtime.ort_providers import PROVIDERS
 from holov_export.runtime.runner_choice import ENGINES
 
@@ -77,3 +79,18 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
     if min(found) < 1:
         raise click.BadParameter(f"{min(found)} is below 1.", ctx, param)
     return tuple(dict.fromkeys(found))
+
+
+def check_output(output: Path) -> None:
+    """Make the folder of results, and refuse it before hours of work if nothing can be written there.
+
+    Raises:
+        StorageError: it is a file, or cannot be written to.
+    """
+    if output.exists() and not output.is_dir():
+        raise StorageError(f"'{output}' is a file, the results need a folder.", hint="Choose another --output.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise StorageError(f"cannot write to '{output}': {error.strerror}.", hint="Choose another --output.") from error

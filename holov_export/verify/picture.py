@@ -73,6 +73,8 @@ def panels_from_bundle(
             with open_runner(view) as runner:
                 seen = runner.run(pixels, budget, saliency=True)
             policy, kept = view.manifest.plan.policy, seen.positions[0, : int(seen.counts[0])]
+            if "@" not in method and seen.saliency is not None:
+                saliency = seen.saliency[0]  # the same in every graph that cuts at the usual place
         else:
             policy = policy_from_settings(method)
             if policy.features is not FeatureSource.NONE:
