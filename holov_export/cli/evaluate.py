@@ -27,7 +27,7 @@ from holov_export.cli.options import (
     provider_option,
     verify_option,
 )
-from holov_export.errors import BundleError
+from holov_export.errors import BundleError, MissingExtraError
 from holov_export.evaluate.data import Dataset, check_pictures
 from holov_export.evaluate.formats import FORMATS, dataset_from_path
 from holov_export.evaluate.journal import open_journal
@@ -53,7 +53,7 @@ from holov_export.evaluate.run import (
     unanswered,
 )
 from holov_export.evaluate.score import chosen_metrics, evaluation_from_journal
-from holov_export.extras import require
+from holov_export.extras import is_installed
 from holov_export.pipeline import checkpoint_of
 
 Command = Callable[..., None]
@@ -152,9 +152,7 @@ def evaluate(as_json: bool, no_plot: bool, **options: Any) -> None:
     once: a run that was killed goes on where it was when it is started again.
     """
     asked = asked_from_options(options)
-    if not no_plot:
-        require("matplotlib")
-    report = evaluated(ready_to_ask(asked))
+    report = evaluated(ready_to_ask(asked, plot=not no_plot))
     written = write_evaluation(report, asked.output)
     if not no_plot:
         plot_retention(report, asked.output / PLOT)
@@ -190,8 +188,11 @@ class Ready:
     settings: AskSettings
 
 
-def ready_to_ask(asked: Asked) -> Ready:
+def ready_to_ask(asked: Asked, *, plot: bool = False) -> Ready:
     """Check everything that can be checked before the first question.
+
+    Args:
+        plot: a plot will be drawn in the end.
 
     Raises:
         HolovExportError: the request or its data is wrong, or this machine lacks something.
@@ -201,6 +202,11 @@ def ready_to_ask(asked: Asked) -> Ready:
     dataset = dataset.first(asked.limit)
     chosen_metrics(dataset, asked.metric)
     check_pictures(dataset)
+    if plot and not is_installed("matplotlib"):
+        raise MissingExtraError(
+            "the Python package 'matplotlib' is not installed; it draws the plot.",
+            hint='Run: pip install "holov-export[bench]", or leave the plot out: --no-plot',
+        )
     check_output(asked.output)
     bundle = open_bundle(asked.bundle, verify=asked.verify)
     plan = plan_from_bundle(bundle, asked.methods, asked.budgets, decoder=asked.decoder, baseline=asked.baseline)
