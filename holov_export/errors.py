@@ -6,6 +6,7 @@
     │   ├── UnsupportedModelError   a checkpoint of a family or layout that cannot be exported
     │   ├── CheckpointError         a checkpoint is missing, truncated or pickled
     │   ├── ImageError              an image cannot be read or is refused
+    │   │   └── VideoError          so with a clip, or with one of its frames
     │   ├── BudgetError             a token budget or quota outside its range
     │   ├── PromptError             placeholders and images differ, an empty prompt, a prompt past the context
     │   ├── BundleError             a folder is no bundle, or of another schema, or lacks a part
@@ -43,6 +44,7 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedModelError",
     "UsageError",
+    "VideoError",
 ]
 
 
@@ -80,6 +82,10 @@ class CheckpointError(UsageError):
 
 class ImageError(UsageError):
     """An image cannot be read or is refused."""
+
+
+class VideoError(ImageError):
+    """A clip or one of its frames cannot be read or is refused."""
 
 
 class BudgetError(UsageError):

@@ -24,6 +24,7 @@ EXTRA_OF_MODULE = {
     "onnxruntime_genai": "cpu",
     "tensorrt": "tensorrt",
     "cuda": "tensorrt",
+    "av": "video",
     "matplotlib": "bench",
     "pynvml": "bench",
 }

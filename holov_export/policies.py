@@ -49,6 +49,9 @@ class _Policy(Frozen):
         keeps_cls: True if the CLS token is among the output rows; its position is N, one past the last patch.
         in_tower: True if the rule may decide at an earlier layer than the feature layer.
         reselects: True if it may decide again among the tokens that an earlier cut has left.
+        packs: True if it can decide where pictures have unequal numbers of tokens.
+        newlines: False if newline embeddings are dropped (LLaVA-NeXT), whatever a plan says.
+        spreads: False if the quota of a clip is never shared out over its frames.
     """
 
     summary: ClassVar[str]
@@ -59,6 +62,9 @@ class _Policy(Frozen):
     keeps_cls: ClassVar[bool] = False
     in_tower: ClassVar[bool] = True
     reselects: ClassVar[bool] = False
+    packs: ClassVar[bool] = True
+    newlines: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
 
 
 class HolovPolicy(_Policy):
@@ -86,6 +92,8 @@ class HolovOfficialPolicy(_Policy):
     source: ClassVar[str] = "obananas/HoloV llava/model/utils.py@1d2e65e"
     lossless_at_full: ClassVar[bool] = False
     in_tower: ClassVar[bool] = False  # its zero rows are for the language model; the tower never saw any
+    newlines: ClassVar[bool] = False
+    spreads: ClassVar[bool] = False
     method: Literal["holov-official"] = "holov-official"
     crops: int = Field(default=16, ge=1)
 
@@ -118,6 +126,7 @@ class HolovPaperPolicy(_Policy):
     source: ClassVar[str] = "arXiv 2510.02912v2, equations 1-5"
     features: ClassVar[FeatureSource] = FeatureSource.PROJECTED
     in_tower: ClassVar[bool] = False  # the projector reads the feature layer only
+    packs: ClassVar[bool] = False  # its crops' matrices are of one size
     method: Literal["holov-paper"] = "holov-paper"
     crops: int = Field(default=16, ge=1)
     layout: CropLayout = CropLayout.TILES
@@ -198,6 +207,7 @@ class VisionzipPolicy(_Policy):
     merges: ClassVar[bool] = True
     keeps_cls: ClassVar[bool] = True
     in_tower: ClassVar[bool] = False  # its rows are made for the language model
+    packs: ClassVar[bool] = False  # a picture of several views has several CLS tokens
     method: Literal["visionzip"] = "visionzip"
     contextual: int = Field(default=5, ge=0, le=31)
 

@@ -11,7 +11,45 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from holov_export.policies import Frozen, SelectionPolicy
+from holov_export.model_spec import (
+    DecoderSpec,
+    FramePairsSpec,
+    FramesSpec,
+    ImageSpec,
+    ModelSpec,
+    NoVideo,
+    PatchImageSpec,
+    PromptSpec,
+    QwenVisionSpec,
+    TiledImageSpec,
+    VisionSpec,
+)
+from holov_export.policies import Frozen, HolovOfficialPolicy, SelectionPolicy
+from holov_export.signature import TensorSpec, patches_signature, views_signature, vision_signature
+
+__all__ = [
+    "OPSETS",
+    "CheckpointSource",
+    "Cut",
+    "DecoderPrecision",
+    "DecoderSpec",
+    "ExportPlan",
+    "FramePairsSpec",
+    "FramesSpec",
+    "GraphPlan",
+    "ImageSpec",
+    "ModelSpec",
+    "NoVideo",
+    "PatchImageSpec",
+    "Precision",
+    "PromptSpec",
+    "QwenVisionSpec",
+    "TiledImageSpec",
+    "VisionSpec",
+    "check_cuts",
+    "cuts_from_text",
+    "graph_name",
+]
 
 
 class Precision(str, Enum):
@@ -33,118 +71,6 @@ class DecoderPrecision(str, Enum):
     FP16 = "fp16"
     BF16 = "bf16"
     INT4 = "int4"
-
-
-class ImageSpec(Frozen):
-    """How a picture becomes pixels, in the order of Hugging Face's CLIP image processor.
-
-    Attributes:
-        pad_to_square: pad the longer side's square with the mean colour before resizing.
-        shortest_edge: resize so that the shorter side has this length; None if `resize_to` is given or no resize.
-        resize_to: (height, width) to resize to, whatever the aspect ratio.
-        crop: (height, width) of the centre crop, zero padded where the picture is smaller; None for no crop.
-        resample: Pillow filter.
-        rescale_factor: pixel values are multiplied by it (1/255).
-        mean, std: per channel, applied after rescaling.
-    """
-
-    pad_to_square: bool = False
-    shortest_edge: int | None = Field(default=None, ge=1)
-    resize_to: tuple[int, int] | None = None
-    crop: tuple[int, int] | None = None
-    resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bicubic"
-    rescale_factor: float = 1 / 255
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-class VisionSpec(Frozen):
-    """A CLIP vision tower and its projector.
-
-    Attributes:
-        image_size, patch_size: pixels.
-        width, layers, heads, mlp_width: of the tower as trained (layers that selection does not need are not exported).
-        feature_layer: 0-based index of the last encoder layer whose output the projector reads
-            (`vision_feature_layer` -2 of 24 layers is index 22). Its CLS attention row is the saliency.
-        activation, projector_activation: names of transformers' activations.
-    """
-
-    architecture: Literal["clip"] = "clip"
-    image_size: int = Field(ge=1)
-    patch_size: int = Field(ge=1)
-    channels: int = 3
-    width: int = Field(ge=1)
-    layers: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    mlp_width: int = Field(ge=1)
-    activation: Literal["quick_gelu", "gelu", "gelu_pytorch_tanh"]
-    layer_norm_eps: float
-    feature_layer: int = Field(ge=0)
-    projector_activation: Literal["quick_gelu", "gelu", "gelu_pytorch_tanh"]
-    projector_bias: bool
-
-    @model_validator(mode="after")
-    def _consistent(self) -> VisionSpec:
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
-        if self.feature_layer >= self.layers:
-            raise ValueError(f"feature_layer {self.feature_layer} is past the last of {self.layers} layers")
-        return self
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
-        side = self.image_size // self.patch_size
-        return side, side
-
-    @property
-    def tokens(self) -> int:
-        """N: patch tokens of one picture."""
-        rows, columns = self.grid
-        return rows * columns
-
-
-class DecoderSpec(Frozen):
-    """The language model, as far as a runtime must know it.
-
-    Attributes:
-        width: D. heads, kv_heads, head_width: of its attention. mlp_width: of its gated MLP.
-        context: longest sequence. image_token_id: the placeholder in `input_ids`.
-    """
-
-    architecture: str
-    width: int = Field(ge=1)
-    layers: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    kv_heads: int = Field(ge=1)
-    head_width: int = Field(ge=1)
-    mlp_width: int = Field(ge=1)
-    vocab_size: int = Field(ge=1)
-    context: int = Field(ge=1)
-    image_token_id: int = Field(ge=0)
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int | None
-
-
-class PromptSpec(Frozen):
-    """How a question becomes text: the model's own Jinja chat template and the text of the image placeholder."""
-
-    chat_template: str
-    image_placeholder: str = "<image>"
-
-
-class ModelSpec(Frozen):
-    """A vision-language model: five parts, no optional ones."""
-
-    family: Literal["llava"]
-    name: str
-    image: ImageSpec
-    vision: VisionSpec
-    decoder: DecoderSpec
-    prompt: PromptSpec
 
 
 class Cut(Frozen):
@@ -265,6 +191,8 @@ class ExportPlan(Frozen):
         precision: of the vision graphs. decoder: precision of the embedded decoder, or None to leave it out.
         decoder_provider: execution provider that the decoder's graph is built for; a runtime may choose another.
         opset: of the vision graph, asserted after export.
+        newlines: the rows of a picture that keep a token keep their newline embedding (LLaVA-NeXT).
+        part: what the vision graph at hand sees. Only a model with two towers has two parts, each with its graphs.
     """
 
     model: ModelSpec
@@ -277,6 +205,8 @@ class ExportPlan(Frozen):
     decoder: DecoderPrecision | None
     decoder_provider: Literal["cpu", "cuda"] = "cpu"
     opset: int = 18
+    newlines: bool = True
+    part: Literal["image", "video"] = "image"
 
     @model_validator(mode="after")
     def _graphs_differ(self) -> ExportPlan:
@@ -295,6 +225,49 @@ class ExportPlan(Frozen):
     def method(self) -> str:
         """The name of the default graph."""
         return graph_name(self.policy, self.cuts)
+
+    @property
+    def parts(self) -> tuple[Literal["image", "video"], ...]:
+        """What the model has a tower of its own for."""
+        return ("image", "video") if self.model.video.kind == "frames" else ("image",)
+
+    def of_part(self, part: Literal["image", "video"]) -> ExportPlan:
+        """The plan of the graph that sees pictures, or of the one that sees clips."""
+        return self.model_copy(update={"part": part})
+
+    @property
+    def packed(self) -> bool:
+        """Pictures have unequal numbers of tokens, so the graph is told where each token comes from."""
+        return self.part == "video" or self.model.image.kind != "square"
+
+    @property
+    def tokens(self) -> int:
+        """N: tokens of the largest picture or clip that the graph sees: the largest budget."""
+        if self.part == "video":
+            return self.model.video_tokens
+        return max(self.model.image_tokens, self.model.video_tokens if len(self.parts) == 1 else 0)
+
+    @property
+    def signature(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """(inputs, outputs) of the vision graph."""
+        vision, width, dtype = self.model.vision, self.model.decoder.width, self.precision.dtype
+        if isinstance(vision, QwenVisionSpec):
+            return patches_signature(
+                patch_values=vision.patch_values, window_patches=vision.window_patches, width=width, dtype=dtype
+            )
+        if self.packed:
+            return views_signature(image_size=vision.image_size, width=width, dtype=dtype)
+        return vision_signature(image_size=vision.image_size, tokens=vision.tokens, width=width, dtype=dtype)
+
+    @property
+    def keeps_newlines(self) -> bool:
+        """Newline embeddings are put behind the rows of a picture."""
+        return self.model.image.kind == "tiles" and self.newlines and self.policy.newlines
+
+    @property
+    def start_counts(self) -> bool:
+        """The rule chooses among the word before a picture as well, as the code published for Qwen2.5-VL does."""
+        return self.model.family == "qwen2_5_vl" and isinstance(self.policy, HolovOfficialPolicy)
 
     def of_graph(self, graph: GraphPlan) -> ExportPlan:
         """The plan of a bundle that holds only `graph`."""
