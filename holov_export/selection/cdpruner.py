@@ -50,7 +50,14 @@ def _(similarity: Tensor, left: Tensor, state: Tensor, budget: Tensor) -> Tensor
 class CdprunerUnconditionalRule(nn.Module):
     """`cdpruner-unconditional`: the first `quota` tokens that the greedy steps take, in raster order."""
 
-    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor) -> Selection:
+    def forward(
+        self,
+        saliency: Tensor,
+        features: Tensor | None,
+        quota: Tensor,
+        budget: Tensor,
+        crops: Tensor | None = None,
+    ) -> Selection:
         assert features is not None  # the policy declares that it reads features
         return selection_of(self.steps(saliency, features, budget), quota)
 

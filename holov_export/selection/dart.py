@@ -20,13 +20,24 @@ class DartRule(nn.Module):
         super().__init__()
         self.pivots = policy.pivots
 
-    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor) -> Selection:
+    def forward(
+        self,
+        saliency: Tensor,
+        features: Tensor | None,
+        quota: Tensor,
+        budget: Tensor,
+        crops: Tensor | None = None,
+    ) -> Selection:
         assert features is not None  # the policy declares that it reads features
         batch, tokens = saliency.shape
-        pivots = min(self.pivots, tokens)
+        pivots = min(self.pivots, tokens) if crops is None else self.pivots
         gone = saliency < 0
         unit = unit_rows(features)
-        order = descending(torch.where(gone, -1.0, features.abs().sum(-1)))[:, :pivots]
+        order = descending(torch.where(gone, -1.0, features.abs().sum(-1)))
+        if crops is None:
+            order = order[:, :pivots]
+        else:  # the axis may be shorter than that; pivots past the quota are not used
+            order = order.index_select(1, torch.arange(pivots, device=order.device).clamp_max(tokens - 1))
         start = torch.arange(batch, device=order.device)[:, None] * tokens
         rows = unit.flatten(0, 1).index_select(0, (order + start).flatten()).unflatten(0, (batch, pivots))
         likeness = rows @ unit.transpose(-1, -2)  # [B, P, N]

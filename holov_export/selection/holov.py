@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from holov_export.policies import CropLayout, HolovOfficialPolicy, HolovPaperPolicy, HolovPolicy
-from holov_export.selection.geometry import crops_of_grid
+from holov_export.selection.crop_ids import CropIds
+from holov_export.selection.geometry import crops_of_grid, most_crops
 from holov_export.selection.reference import ALPHA, EPSILON, SCALE
-from holov_export.selection.rule import CropTable, Selection, descending, ranks, raster_order
+from holov_export.selection.rule import Crops, CropTable, Selection, descending, ranks, raster_order
 
 #: above every attention value, which is a probability
 _ABOVE = 2.0
@@ -21,24 +22,41 @@ _ABOVE = 2.0
 _EPSILON = float(EPSILON)
 
 
+def official_quotas(crops: Crops, factor: Tensor, saliency: Tensor, quota: Tensor) -> Tensor:
+    """Quota of each crop by its mean CLS attention: floor of the share, then +1 to the crops with the top weights.
+
+    Args:
+        crops: of the pictures. factor: what `factors` says of their sizes.
+        saliency: float32 [B, N]. quota: int64 [B].
+
+    Returns:
+        int64 [B, C], summing to `quota`; may exceed a crop's size.
+    """
+    scores = crops.mean(saliency.clamp_min(0)) * factor
+    weights = scores / (scores.sum(-1, keepdim=True) + _EPSILON)
+    allotted = torch.floor(weights * quota[:, None].float()).long()
+    left = quota - allotted.sum(-1)
+    return allotted + (crops.ranks_of_crops(weights) < left[:, None]).long()
+
+
+def factors(sizes: Tensor) -> Tensor:
+    """What the published code multiplies the mean attention of crops of these sizes by."""
+    return torch.where(sizes > 1, float(SCALE * (1 + ALPHA)), 1.0)
+
+
 class OfficialQuotas(nn.Module):
-    """Quota of each crop by its mean CLS attention: floor of the share, then +1 to the crops with the top weights."""
+    """`official_quotas` of the crops of one grid."""
 
     factor: Tensor
 
     def __init__(self, table: CropTable) -> None:
         super().__init__()
         self.table = table
-        factor = torch.where(table.sizes > 1, float(SCALE * (1 + ALPHA)), 1.0)
-        self.register_buffer("factor", factor, persistent=False)
+        self.register_buffer("factor", factors(table.sizes), persistent=False)
 
     def forward(self, saliency: Tensor, quota: Tensor) -> Tensor:
-        """(float32 [B, N], int64 [B]) -> int64 [B, C], summing to `quota`; may exceed a crop's size."""
-        scores = self.table.mean(saliency.clamp_min(0)) * self.factor
-        weights = scores / (scores.sum(-1, keepdim=True) + _EPSILON)
-        allotted = torch.floor(weights * quota[:, None].float()).long()
-        left = quota - allotted.sum(-1)
-        return allotted + (ranks(weights) < left[:, None]).long()
+        """(float32 [B, N], int64 [B]) -> int64 [B, C]."""
+        return official_quotas(self.table, self.factor, saliency, quota)
 
 
 class HolovRule(nn.Module):
@@ -47,14 +65,28 @@ class HolovRule(nn.Module):
     What an earlier cut took away has a negative saliency: it adds nothing to its crop's mean and fills no quota.
     """
 
-    def __init__(self, policy: HolovPolicy, grid: tuple[int, int]) -> None:
+    def __init__(self, policy: HolovPolicy, grid: tuple[int, int] | None) -> None:
         super().__init__()
-        self.table = CropTable(crops_of_grid(grid, policy.crops, policy.layout))
-        self.quotas = OfficialQuotas(self.table)
+        self.most = most_crops(policy)
+        if grid is not None:
+            self.table = CropTable(crops_of_grid(grid, policy.crops, policy.layout))
+            self.quotas = OfficialQuotas(self.table)
 
-    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor) -> Selection:
-        rank = self.table.join(ranks(self.table.split(saliency, fill=-1.0)))
-        in_quota = (rank < self.table.spread(self.quotas(saliency, quota))) & (saliency >= 0)
+    def forward(
+        self,
+        saliency: Tensor,
+        features: Tensor | None,
+        quota: Tensor,
+        budget: Tensor,
+        crops: Tensor | None = None,
+    ) -> Selection:
+        parts: Crops = self.table if crops is None else CropIds(crops, self.most)
+        rank = parts.ranks_inside(saliency)
+        if crops is None:
+            allotted = self.quotas(saliency, quota)
+        else:
+            allotted = official_quotas(parts, factors(parts.sizes), saliency, quota)
+        in_quota = (rank < parts.spread(allotted)) & (saliency >= 0)
         return raster_order(torch.where(in_quota, _ABOVE, saliency), quota)
 
 
@@ -64,8 +96,11 @@ class HolovOfficialRule(nn.Module):
     rank_in_raster: Tensor
     crop_start: Tensor
 
-    def __init__(self, policy: HolovOfficialPolicy, grid: tuple[int, int]) -> None:
+    def __init__(self, policy: HolovOfficialPolicy, grid: tuple[int, int] | None) -> None:
         super().__init__()
+        self.most = most_crops(policy)
+        if grid is None:
+            return
         crops = crops_of_grid(grid, policy.crops, CropLayout.STRIPS)
         self.table = CropTable(crops)
         self.quotas = OfficialQuotas(self.table)
@@ -75,7 +110,16 @@ class HolovOfficialRule(nn.Module):
         self.register_buffer("rank_in_raster", self.table.join(raster), persistent=False)
         self.register_buffer("crop_start", self.table.spread(start), persistent=False)
 
-    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor) -> Selection:
+    def forward(
+        self,
+        saliency: Tensor,
+        features: Tensor | None,
+        quota: Tensor,
+        budget: Tensor,
+        crops: Tensor | None = None,
+    ) -> Selection:
+        if crops is not None:
+            return self.packed(saliency, quota, CropIds(crops, self.most))
         tokens = saliency.shape[-1]
         allotted = self.quotas(saliency, quota)
         rank = self.table.join(ranks(self.table.split(saliency, fill=-1.0)))
@@ -84,6 +128,18 @@ class HolovOfficialRule(nn.Module):
         place = self.crop_start + torch.where(whole, self.rank_in_raster, rank)
         last = float(self.table.shape[0] * self.table.shape[1])
         order = descending(torch.where(in_quota, last - place.float(), -1.0))
+        kept = in_quota.long().sum(-1, keepdim=True)
+        return Selection(torch.where(torch.arange(tokens, device=saliency.device) < kept, order, -1), quota)
+
+    def packed(self, saliency: Tensor, quota: Tensor, crops: CropIds) -> Selection:
+        """The same for crops that are data."""
+        tokens = saliency.shape[-1]
+        allotted = official_quotas(crops, factors(crops.sizes), saliency, quota)
+        share, place = crops.spread(allotted), crops.places(saliency)
+        in_quota = (place - crops.starts() < share) & (saliency >= 0)
+        whole = share.float() >= crops.spread(crops.sizes)
+        place = torch.where(whole, crops.places(None), place)
+        order = descending(torch.where(in_quota, tokens - place, -1).float())
         kept = in_quota.long().sum(-1, keepdim=True)
         return Selection(torch.where(torch.arange(tokens, device=saliency.device) < kept, order, -1), quota)
 
@@ -96,7 +152,14 @@ class HolovPaperRule(nn.Module):
         self.table = CropTable(crops_of_grid(grid, policy.crops, policy.layout))
         self.tau = policy.tau
 
-    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor) -> Selection:
+    def forward(
+        self,
+        saliency: Tensor,
+        features: Tensor | None,
+        quota: Tensor,
+        budget: Tensor,
+        crops: Tensor | None = None,
+    ) -> Selection:
         assert features is not None  # the policy declares that it reads features
         holistic = self.table.join(self._holistic(saliency, features))
         shares = self._shares(self._weights(self.table.mean(holistic)), quota)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from holov_export.policies import HolovPlusPolicy
-from holov_export.selection.geometry import crops_of_grid
+from holov_export.selection.crop_ids import CropIds
+from holov_export.selection.geometry import crops_of_grid, most_crops
 from holov_export.selection.reference import EPSILON
 from holov_export.selection.reference.holov_plus import SMALLEST_SHARE
 from holov_export.selection.rule import CropTable, Selection, ranks, ranks_by_sorting, raster_order
@@ -26,24 +27,58 @@ _ABOVE = 2.0
 class HolovPlusRule(nn.Module):
     """`holov-plus`; raster order."""
 
-    def __init__(self, policy: HolovPlusPolicy, grid: tuple[int, int]) -> None:
+    def __init__(self, policy: HolovPlusPolicy, grid: tuple[int, int] | None) -> None:
         super().__init__()
-        self.table = CropTable(crops_of_grid(grid, policy.crops, policy.layout))
+        self.most = most_crops(policy)
+        if grid is not None:
+            self.table = CropTable(crops_of_grid(grid, policy.crops, policy.layout))
 
-    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor) -> Selection:
+    def forward(
+        self,
+        saliency: Tensor,
+        features: Tensor | None,
+        quota: Tensor,
+        budget: Tensor,
+        crops: Tensor | None = None,
+    ) -> Selection:
         assert features is not None  # the policy declares that it reads features
-        table, unit = self.table, centred_rows(features, saliency)
+        unit = centred_rows(features, saliency)
         root, order = saliency.clamp_min(0).sqrt().sqrt(), ranks_by_sorting(saliency).float()
+        if crops is not None:
+            return self.packed(saliency, quota, crops, root, order, unit)
+        table = self.table
         # filled-up places are like tokens that are gone: they come before nobody and score nothing
         last = float(saliency.shape[-1])
         inside = table.split(root, fill=0.0) * novelty(table.split(order, fill=last), table.split_rows(unit))
-        means = inside.sum(-1) / table.sizes
-        weights = means / means.sum(-1, keepdim=True).clamp_min(1e-30)
-        shares = torch.floor(weights * quota[:, None].float()).long()
+        shares = shares_of(inside.sum(-1) / table.sizes, quota)
         places = torch.where(table.split(saliency, fill=-1.0) >= 0, inside, -1.0)
         in_quota = (table.join(ranks(places)) < table.spread(shares)) & (saliency >= 0)
         whole = torch.where(saliency >= 0, root * novelty(order, unit), -1.0)
         return raster_order(torch.where(in_quota, _ABOVE, whole), quota)
+
+    def packed(
+        self, saliency: Tensor, quota: Tensor, ids: Tensor, root: Tensor, order: Tensor, unit: Tensor
+    ) -> Selection:
+        """The same for crops that are data, from one product of all pairs.
+
+        Args:
+            ids: int64 [B, N]. root: float32 [B, N], A^(1/4). order, unit: as of `novelty`.
+        """
+        crops, exists = CropIds(ids, self.most), saliency >= 0
+        before = order[:, None, :] < order[:, :, None]
+        likeness = torch.where(before, unit @ unit.transpose(-1, -2), 0.0)
+        same = ids[:, None, :] == ids[:, :, None]
+        inside = root * (1.0 - torch.where(same, likeness, 0.0).amax(-1).clamp(0.0, 1.0))
+        shares = shares_of(crops.mean(inside), quota)
+        in_quota = (crops.ranks_inside(torch.where(exists, inside, -1.0)) < crops.spread(shares)) & exists
+        whole = torch.where(exists, root * (1.0 - likeness.amax(-1).clamp(0.0, 1.0)), -1.0)
+        return raster_order(torch.where(in_quota, _ABOVE, whole), quota)
+
+
+def shares_of(means: Tensor, quota: Tensor) -> Tensor:
+    """int64 [B, C]: what each crop gets of the quotas [B] by its mean score [B, C]; floors."""
+    weights = means / means.sum(-1, keepdim=True).clamp_min(1e-30)
+    return torch.floor(weights * quota[:, None].float()).long()
 
 
 def centred_rows(features: Tensor, saliency: Tensor) -> Tensor:

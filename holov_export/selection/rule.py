@@ -38,15 +38,25 @@ class Selection(NamedTuple):
 class Rule(Protocol):
     """A torch module that decides which tokens stay. Static control flow only: it is exported."""
 
-    def __call__(self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor) -> Selection:
+    def __call__(
+        self,
+        saliency: Tensor,
+        features: Tensor | None,
+        quota: Tensor,
+        budget: Tensor,
+        crops: Tensor | None = None,
+    ) -> Selection:
         """Decide.
 
         Args:
             saliency: float32 [B, N]. Only rules that `reselect` (see `policies`) meet tokens that an earlier cut took
-                away: theirs is negative, and their features are zero.
+                away, and only those that `pack` meet tokens that do not exist: theirs is negative, and their features
+                are zero.
             features: float32 [B, N, D], or None if the policy reads none.
             quota: int64 [B], 1..K, at most as many as there are tokens left.
             budget: int64 [1], K. A shape value: the only thing that a loop may take its trip count from.
+            crops: int64 [B, N], the crop of each token of pictures of unequal sizes, see `crop_ids`; None where all
+                have the one grid that the rule was made for.
         """
         ...
 
@@ -89,6 +99,29 @@ def ranks(values: Tensor) -> Tensor:
     mine, theirs = values[..., :, None], values[..., None, :]
     before = (theirs > mine) | ((theirs == mine) & earlier)
     return before.long().sum(-1)
+
+
+class Crops(Protocol):
+    """How tokens are divided into crops: fixed for a grid (`CropTable`), or data (`crop_ids.CropIds`)."""
+
+    #: float32 [C] or [B, C], tokens of each crop
+    sizes: Tensor
+
+    def mean(self, values: Tensor) -> Tensor:
+        """[B, N] -> [B, C]: mean over each crop's own tokens."""
+        ...
+
+    def spread(self, of_crop: Tensor) -> Tensor:
+        """[B, C] -> [B, N]: each token gets its crop's value."""
+        ...
+
+    def ranks_of_crops(self, of_crop: Tensor) -> Tensor:
+        """[B, C], not negative -> int64 [B, C]: their `ranks`."""
+        ...
+
+    def ranks_inside(self, values: Tensor) -> Tensor:
+        """[B, N] -> int64 [B, N]: each token's rank among those of its crop."""
+        ...
 
 
 class CropTable(torch.nn.Module):
@@ -142,3 +175,11 @@ class CropTable(torch.nn.Module):
     def mean(self, values: Tensor) -> Tensor:
         """[B, N] -> [B, C]: mean over each crop's own tokens."""
         return self.split(values, fill=0.0).sum(-1) / self.sizes
+
+    def ranks_of_crops(self, of_crop: Tensor) -> Tensor:
+        """[B, C] -> int64 [B, C]: their `ranks`."""
+        return ranks(of_crop)
+
+    def ranks_inside(self, values: Tensor) -> Tensor:
+        """[B, N] -> int64 [B, N]: each token's rank among those of its crop."""
+        return self.join(ranks(self.split(values, fill=-1.0)))

@@ -45,7 +45,14 @@ class ScopeRule(nn.Module):
         super().__init__()
         self.alpha = policy.alpha
 
-    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor) -> Selection:
+    def forward(
+        self,
+        saliency: Tensor,
+        features: Tensor | None,
+        quota: Tensor,
+        budget: Tensor,
+        crops: Tensor | None = None,
+    ) -> Selection:
         assert features is not None  # the policy declares that it reads features
         return selection_of(self.steps(saliency, features, budget), quota)
 

@@ -20,7 +20,14 @@ class VisionzipRule(nn.Module):
         super().__init__()
         self.contextual = policy.contextual
 
-    def forward(self, saliency: Tensor, features: Tensor | None, quota: Tensor, budget: Tensor) -> Selection:
+    def forward(
+        self,
+        saliency: Tensor,
+        features: Tensor | None,
+        quota: Tensor,
+        budget: Tensor,
+        crops: Tensor | None = None,
+    ) -> Selection:
         assert features is not None  # the policy declares that it reads features
         tokens = saliency.shape[-1]
         place = torch.arange(tokens, device=saliency.device)[None]

@@ -24,10 +24,11 @@ from holov_export.policies import (
     SelectionPolicy,
     policy_from_settings,
 )
-from holov_export.selection.geometry import crops_of_grid
+from holov_export.selection.geometry import crops_of_grid, crops_of_ids
 from holov_export.selection.reference import DPP_FLOOR
 from holov_export.selection.registry import rule_from_policy
 from holov_export.selection.rule import Selection
+from holov_export.tensors import Int64Array
 
 Floats = npt.NDArray[np.float32]
 Wide = npt.NDArray[np.float64]
@@ -125,12 +126,23 @@ def realistic(kind: str, batch: int, tokens: int, dice: np.random.Generator) -> 
     return row
 
 
-def hangs_on_rounding(policy: SelectionPolicy, saliency: Floats, quota: int, grid: Grid, features: Floats) -> bool:
-    """True where the rule's result for one picture may change with the last bit of a sum (computed in float64)."""
+def hangs_on_rounding(
+    policy: SelectionPolicy,
+    saliency: Floats,
+    quota: int,
+    grid: Grid,
+    features: Floats,
+    ids: Int64Array | None = None,
+) -> bool:
+    """True where the rule's result for one picture may change with the last bit of a sum (computed in float64).
+
+    `ids` are the crops of its tokens where they are not those of the grid.
+    """
     if isinstance(policy, HolovPaperPolicy):
         return _paper_hangs(policy, saliency, quota, grid, features)
     if isinstance(policy, HolovPlusPolicy):
-        return _plus_hangs(policy, saliency, quota, grid, features)
+        crops = crops_of_grid(grid, policy.crops, policy.layout) if ids is None else crops_of_ids(ids)
+        return _plus_hangs(crops, saliency, quota, features)
     if isinstance(policy, ScopePolicy):
         return _scope_hangs(policy, saliency, quota, features)
     if isinstance(policy, DivprunePolicy | CdprunerUnconditionalPolicy | DartPolicy):
@@ -143,7 +155,7 @@ def hangs_on_rounding(policy: SelectionPolicy, saliency: Floats, quota: int, gri
     if not isinstance(policy, HolovPolicy | HolovOfficialPolicy):
         return False
     layout = policy.layout if isinstance(policy, HolovPolicy) else CropLayout.STRIPS
-    crops = crops_of_grid(grid, policy.crops, layout)
+    crops = crops_of_grid(grid, policy.crops, layout) if ids is None else crops_of_ids(ids)
     wide = saliency.astype(np.float64)
     scores = np.array([wide[crop].mean() * (1090.0 if len(crop) > 1 else 1.0) for crop in crops])
     weights = scores / (scores.sum() + 1e-6)
@@ -164,7 +176,7 @@ def _paper_hangs(policy: HolovPaperPolicy, saliency: Floats, quota: int, grid: G
     return close or (len(crops) > 1 and (_near_whole(weights * quota) or _near_whole(extra)))
 
 
-def _plus_hangs(policy: HolovPlusPolicy, saliency: Floats, quota: int, grid: Grid, features: Floats) -> bool:
+def _plus_hangs(crops: tuple[Int64Array, ...], saliency: Floats, quota: int, features: Floats) -> bool:
     """A floor, or the last token of a strip or of the whole picture, is nearer than float32 can tell."""
     alive, rows = saliency >= 0, features.astype(np.float64)
     centred = np.where(alive[:, None], rows - rows[alive].mean(0), 0)
@@ -179,7 +191,6 @@ def _plus_hangs(policy: HolovPlusPolicy, saliency: Floats, quota: int, grid: Gri
         nearest = np.where(before[pairs], similarity[pairs], 0).max(1, initial=0)
         return np.asarray(root[members] * np.clip(1 - nearest, 0, 1))
 
-    crops = crops_of_grid(grid, policy.crops, policy.layout)
     inside = [scores(crop) for crop in crops]
     means = np.array([score.mean() for score in inside])
     if means.sum() < 1e-30:

@@ -10,6 +10,7 @@ import numpy as np
 from holov_export.policies import (
     CdprunerUnconditionalPolicy,
     ClsTopkPolicy,
+    CropLayout,
     DartPolicy,
     DivprunePolicy,
     HolovOfficialPolicy,
@@ -23,6 +24,7 @@ from holov_export.policies import (
     UniformPolicy,
     VisionzipPolicy,
 )
+from holov_export.selection.geometry import crops_of_grid, crops_of_ids
 from holov_export.selection.reference.arrays import EPSILON, Features, Saliency, descending, unit_rows
 from holov_export.selection.reference.baselines import random_order, uniform_positions
 from holov_export.selection.reference.dart import dart_order
@@ -68,8 +70,10 @@ def positions_of(
     policy: SelectionPolicy,
     saliency: Saliency,
     quota: int,
-    grid: tuple[int, int],
+    grid: tuple[int, int] | None = None,
     features: Features | None = None,
+    crops: Int64Array | None = None,
+    tokens: int | None = None,
 ) -> Int64Array:
     """Kept positions of one picture in the order of the output rows, as long as its count; -1 is a zero row.
 
@@ -78,17 +82,21 @@ def positions_of(
         saliency: float32 [N], CLS attention of the feature layer, mean over heads; negative for tokens that an earlier
             cut took away, which only rules that reselect know.
         quota: tokens wanted, 1..N.
-        grid: (rows, columns).
+        grid: (rows, columns), for rules with crops that are not given.
         features: float32 [N, D], what the policy says that it reads; only for rules that read any.
+        crops: int64 [N], the crop of each token; None for those of the grid.
+        tokens: of the largest picture, which `random` draws from; None for N.
     """
     if isinstance(policy, HolovPolicy):
-        return holov_positions(policy, saliency, quota, grid)
+        return holov_positions(saliency, quota, _crops(policy, grid, policy.layout, crops))
     if isinstance(policy, HolovOfficialPolicy):
-        return holov_official_positions(policy, saliency, quota, grid)
+        return holov_official_positions(saliency, quota, _crops(policy, grid, CropLayout.STRIPS, crops))
     if isinstance(policy, HolovPaperPolicy):
-        return holov_paper_positions(policy, saliency, _needed(policy, features), quota, grid)
+        parts = _crops(policy, grid, policy.layout, crops)
+        return holov_paper_positions(policy, saliency, _needed(policy, features), quota, parts)
     if isinstance(policy, HolovPlusPolicy):
-        return holov_plus_positions(policy, saliency, _needed(policy, features), quota, grid)
+        parts = _crops(policy, grid, policy.layout, crops)
+        return holov_plus_positions(saliency, _needed(policy, features), quota, parts)
     if isinstance(policy, ScopePolicy):
         return np.sort(scope_order(policy, saliency, _needed(policy, features), quota))
     if isinstance(policy, DivprunePolicy):
@@ -106,7 +114,8 @@ def positions_of(
     if isinstance(policy, NoSelection):
         return np.arange(quota, dtype=np.int64)
     if isinstance(policy, RandomPolicy):
-        return np.sort(random_order(policy, len(saliency))[:quota])
+        order = random_order(policy, tokens or len(saliency))
+        return np.sort(order[order < len(saliency)][:quota])
     raise ValueError(f"'{policy.method}' has no reference")
 
 
@@ -118,6 +127,19 @@ def merged_of(policy: SelectionPolicy, saliency: Saliency, quota: int, features:
     if isinstance(policy, VisionzipPolicy):
         return visionzip_rows(policy, saliency, _needed(policy, features), quota).merged
     raise ValueError(f"'{policy.method}' merges nothing")
+
+
+def _crops(
+    policy: HolovPolicy | HolovOfficialPolicy | HolovPaperPolicy | HolovPlusPolicy,
+    grid: tuple[int, int] | None,
+    layout: CropLayout,
+    ids: Int64Array | None,
+) -> tuple[Int64Array, ...]:
+    if ids is not None:
+        return crops_of_ids(ids)
+    if grid is None:
+        raise ValueError(f"{policy.method} needs a grid or crops")
+    return crops_of_grid(grid, policy.crops, layout)
 
 
 def _needed(policy: SelectionPolicy, features: Features | None) -> Features:

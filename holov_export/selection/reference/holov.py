@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from holov_export.policies import CropLayout, HolovOfficialPolicy, HolovPaperPolicy, HolovPolicy
-from holov_export.selection.geometry import crops_of_grid
+from holov_export.policies import HolovPaperPolicy
 from holov_export.selection.reference.arrays import EPSILON, Features, Saliency, descending, unit_rows
 from holov_export.tensors import Int64Array
 
@@ -35,13 +34,12 @@ def official_quotas(saliency: Saliency, quota: int, crops: tuple[Int64Array, ...
     return allotted
 
 
-def holov_positions(policy: HolovPolicy, saliency: Saliency, quota: int, grid: tuple[int, int]) -> Int64Array:
+def holov_positions(saliency: Saliency, quota: int, crops: tuple[Int64Array, ...]) -> Int64Array:
     """Official quotas; what a crop cannot hold goes to the most salient tokens of the others; raster order.
 
     Tokens of negative saliency are gone: they add nothing to a crop's mean, which is still over the whole crop, they
     fill no quota, and they come last when a surplus is handed out.
     """
-    crops = crops_of_grid(grid, policy.crops, policy.layout)
     kept: list[int] = []
     for crop, share in zip(crops, official_quotas(np.maximum(saliency, 0), quota, crops), strict=True):
         left = crop[saliency[crop] >= 0]
@@ -52,11 +50,8 @@ def holov_positions(policy: HolovPolicy, saliency: Saliency, quota: int, grid: t
     return np.sort(np.array(kept, dtype=np.int64))
 
 
-def holov_official_positions(
-    policy: HolovOfficialPolicy, saliency: Saliency, quota: int, grid: tuple[int, int]
-) -> Int64Array:
+def holov_official_positions(saliency: Saliency, quota: int, crops: tuple[Int64Array, ...]) -> Int64Array:
     """Crop after crop, full ones in raster order; what does not fit becomes zero rows (-1) at the end."""
-    crops = crops_of_grid(grid, policy.crops, CropLayout.STRIPS)
     kept: list[int] = []
     for crop, share in zip(crops, official_quotas(saliency, quota, crops), strict=True):
         if share >= len(crop):
@@ -67,10 +62,9 @@ def holov_official_positions(
 
 
 def holov_paper_positions(
-    policy: HolovPaperPolicy, saliency: Saliency, features: Features, quota: int, grid: tuple[int, int]
+    policy: HolovPaperPolicy, saliency: Saliency, features: Features, quota: int, crops: tuple[Int64Array, ...]
 ) -> Int64Array:
     """Equations 1-5: quotas by the mean of H, the top of H inside each crop; raster order."""
-    crops = crops_of_grid(grid, policy.crops, policy.layout)
     holistic = [_holistic_scores(saliency[crop], features[crop]) for crop in crops]
     means = np.array([scores.mean(dtype=np.float32) for scores in holistic], dtype=np.float32)
     weights = paper_weights(means, policy.tau)

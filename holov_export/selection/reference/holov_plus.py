@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from holov_export.policies import HolovPlusPolicy
-from holov_export.selection.geometry import crops_of_grid
 from holov_export.selection.reference.arrays import EPSILON, Features, Saliency, descending
 from holov_export.tensors import Int64Array
 
@@ -14,7 +12,7 @@ SMALLEST_SHARE = np.float32(1e-4)
 
 
 def holov_plus_positions(
-    policy: HolovPlusPolicy, saliency: Saliency, features: Features, quota: int, grid: tuple[int, int]
+    saliency: Saliency, features: Features, quota: int, strips: tuple[Int64Array, ...]
 ) -> Int64Array:
     """Quotas of the crops by the mean of their scores; what floors leave over goes to the best of the whole picture.
 
@@ -22,7 +20,6 @@ def holov_plus_positions(
     """
     alive = saliency >= 0
     unit = centred_rows(features, alive)
-    strips = crops_of_grid(grid, policy.crops, policy.layout)
     inside = np.zeros_like(saliency)
     for strip in strips:
         inside[strip] = novel_scores(saliency[strip], unit[strip])
