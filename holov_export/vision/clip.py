@@ -1,4 +1,4 @@
-"""CLIP vision tower and LLaVA projector, with the selection in its middle.
+"""CLIP vision tower and LLaVA projector, with the selection in its middle, for pictures that are one square each.
 
 "Select early": the CLS row of a layer's attention decides which tokens stay, and only those go through that layer's
 query, output projection and MLP and through what follows. The layer is the feature layer unless `cuts` name an earlier
@@ -9,25 +9,30 @@ Shape words: B images, N patch tokens, T = N + 1 with CLS, K budget, E tower wid
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
-import sys
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from holov_export.errors import CheckpointError
 from holov_export.policies import FeatureSource, SelectionPolicy
 from holov_export.selection.registry import rule_from_policy
 from holov_export.selection.rule import Selection
 from holov_export.spec import Cut, ModelSpec, Precision, VisionSpec
 from holov_export.vision.clip_layers import ClipEmbeddings, ClipLayer, activation, take_rows
 from holov_export.vision.cutting import join_merged, real_rows_mask, row_index, spread
+from holov_export.vision.loading import TORCH_DTYPES, forget_weights, module_from_checkpoint
+from holov_export.vision.module import VisionModule
 from holov_export.vision.weights import SafetensorsReader
 
-TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+__all__ = [
+    "TORCH_DTYPES",
+    "ClipTower",
+    "LlavaProjector",
+    "LlavaVision",
+    "checkpoint_names",
+    "forget_weights",
+    "vision_from_checkpoint",
+]
 
 
 class LlavaProjector(nn.Module):
@@ -92,7 +97,7 @@ class _Rows(NamedTuple):
         return real_rows_mask(self.positions, self.x.dtype)
 
 
-class LlavaVision(nn.Module):
+class LlavaVision(VisionModule):
     """Pixels, budget and quota in; visual tokens, positions, counts and saliency out (see `signature.py`).
 
     With several cuts the saliency is that of the first, which sees all tokens.
@@ -100,13 +105,14 @@ class LlavaVision(nn.Module):
 
     def __init__(self, spec: ModelSpec, policy: SelectionPolicy, cuts: tuple[Cut, ...] = ()) -> None:
         super().__init__()
-        self.tokens = spec.vision.tokens
+        vision = spec.clip
+        self.tokens = vision.tokens
         self.features = policy.features
         self.keeps_cls = policy.keeps_cls
-        self.cuts = cuts or (Cut(layer=spec.vision.feature_layer),)
-        self.vision_tower = ClipTower(spec.vision)
-        self.multi_modal_projector = LlavaProjector(spec.vision, spec.decoder.width)
-        self.selection = rule_from_policy(policy, spec.vision.grid)
+        self.cuts = cuts or (Cut(layer=vision.feature_layer),)
+        self.vision_tower = ClipTower(vision)
+        self.multi_modal_projector = LlavaProjector(vision, spec.decoder.width)
+        self.selection = rule_from_policy(policy, vision.grid)
 
     def forward(self, pixel_values: Tensor, budget: Tensor, quota: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         asked = budget.clamp(1, self.tokens)
@@ -198,45 +204,22 @@ def vision_from_checkpoint(
     precision: Precision,
     cuts: tuple[Cut, ...] = (),
 ) -> LlavaVision:
-    """The module with the checkpoint's own weights in `precision`; reads only the tensors that it needs.
+    """LLaVA-1.5's module with the checkpoint's own weights in `precision`; for any family: `families.vision_from_plan`.
 
     Raises:
         CheckpointError: a tensor is missing or of another shape.
     """
-    module = LlavaVision(spec, policy, cuts).eval().requires_grad_(False)
-    with torch.device("meta"):
-        module.vision_tower = ClipTower(spec.vision)
-        module.multi_modal_projector = LlavaProjector(spec.vision, spec.decoder.width)
-    state = {}
-    for name, parameter in module.named_parameters():
-        tensor = reader.read(checkpoint_names(name))
-        if tensor.shape != parameter.shape:
-            raise CheckpointError(
-                f"tensor '{name}' has shape {tuple(tensor.shape)}, config.json says {tuple(parameter.shape)}."
-            )
-        state[name] = tensor.to(TORCH_DTYPES[precision])
-    module.load_state_dict(state, assign=True, strict=True)
-    return module.requires_grad_(False)
+    return module_from_checkpoint(lambda: LlavaVision(spec, policy, cuts), reader, precision, checkpoint_names)
 
 
-def forget_weights(module: nn.Module) -> None:
-    """Give the memory of a module's weights back to the operating system; the module is of no use afterwards.
-
-    Dropping the module is not enough: the exporter keeps its parameters alive, and the C library keeps freed blocks of
-    this size for itself.
-    """
-    for parameter in module.parameters():
-        parameter.data = torch.empty(0, dtype=parameter.dtype)
-    gc.collect()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # a C library without malloc_trim
-            ctypes.CDLL(None).malloc_trim(0)
-
-
-def checkpoint_names(name: str) -> list[str]:
+def checkpoint_names(name: str, tower: str = "vision_tower") -> list[str]:
     """How transformers has spelled one of our parameter names over its versions.
 
     4.x: vision_tower.vision_model.encoder.layers..., 5.x: model.vision_tower... or vision_tower.encoder.layers...
+
+    Args:
+        name: of a parameter of `LlavaVision` or `PackedClipVision`.
+        tower: what the checkpoint calls the tower.
     """
     name = name.replace("position_embedding", "position_embedding.weight").replace("pre_layernorm", "pre_layrnorm")
     if not name.startswith("vision_tower."):
@@ -244,4 +227,4 @@ def checkpoint_names(name: str) -> list[str]:
     rest = name.removeprefix("vision_tower.")
     if rest.startswith("layers."):
         rest = f"encoder.{rest}"
-    return [f"{front}vision_tower.{inner}{rest}" for front in ("", "model.") for inner in ("vision_model.", "")]
+    return [f"{front}{tower}.{inner}{rest}" for front in ("", "model.") for inner in ("vision_model.", "")]

@@ -88,17 +88,24 @@ class ClipLayer(nn.Module):
 
     def rows(self, x: Tensor, normed: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """The layer's output for some rows: x and normed are [B, Q, E]."""
-        x = x + self.self_attn.attend(self.self_attn.q_proj(normed), keys, values, mask)
+        return self.behind_attention(self.attended(x, normed, keys, values, mask))
+
+    def attended(self, x: Tensor, normed: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, Q, E]: the first half of the layer, in which rows see each other."""
+        return x + self.self_attn.attend(self.self_attn.q_proj(normed), keys, values, mask)
+
+    def behind_attention(self, x: Tensor) -> Tensor:
+        """[.., E] -> [.., E]: the second half, each row for itself."""
         return x + self.mlp(self.layer_norm2(x))
 
-    def saliency(self, normed: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
-        """float32 [B, N]: the CLS row of the attention, mean over heads, CLS column dropped; no dense map."""
+    def saliency(self, normed: Tensor, keys: Tensor, mask: Tensor | None = None, *, with_cls: bool = False) -> Tensor:
+        """float32 [B, N], [B, T] with CLS: the CLS row of the attention, mean over heads; no dense map."""
         attn = self.self_attn
         query = attn.heads_of(attn.q_proj(normed[:, :1])).float()
         scores = query @ keys.float().transpose(-1, -2) * (query.shape[-1] ** -0.5)
         if mask is not None:
             scores = scores + mask.float()
-        return scores.softmax(-1).mean(1)[:, 0, 1:]
+        return scores.softmax(-1).mean(1)[:, 0, 0 if with_cls else 1 :]
 
 
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:

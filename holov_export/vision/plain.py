@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from holov_export.policies import UniformPolicy
 from holov_export.spec import ModelSpec, Precision
-from holov_export.vision.clip import LlavaVision, vision_from_checkpoint
+from holov_export.vision.clip import LlavaVision, checkpoint_names
+from holov_export.vision.loading import module_from_checkpoint
+from holov_export.vision.module import VisionModule
 from holov_export.vision.weights import SafetensorsReader
 
 
-class PlainVision(nn.Module):
+class PlainVision(VisionModule):
     """All N tokens through the feature layer, the first K of them through the projector; K = N is the plain encoder.
 
     Inputs and outputs are those of `signature.py`, so that whatever runs a pruned graph runs this one, at no cost of
@@ -31,8 +33,7 @@ class PlainVision(nn.Module):
         torch._check(size >= 1)
         torch._check(size <= self.tokens)
         torch._check(quota.shape[0] == pixel_values.shape[0])
-        hidden = self.vision_tower.feature_layer(self.vision_tower.before_feature_layer(pixel_values))
-        tokens = self.multi_modal_projector(hidden[:, 1 : size + 1])
+        tokens = self.multi_modal_projector(self.hidden(pixel_values)[:, 1 : size + 1])
         # always K; the quota takes part because some builders drop an input that nothing reads
         counts = torch.maximum(torch.minimum(quota, asked), asked)
         places = torch.arange(size, device=quota.device)
@@ -40,8 +41,21 @@ class PlainVision(nn.Module):
         saliency = torch.zeros(1, self.tokens, device=quota.device).expand(pixel_values.shape[0], -1)
         return tokens, positions, counts, saliency
 
+    def hidden(self, pixel_values: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, T, E], the feature layer's output."""
+        return self.vision_tower.feature_layer(self.vision_tower.before_feature_layer(pixel_values))
+
+    def features_of(self, pixel_values: Tensor) -> Tensor:
+        """float32 [B, N, E]: the feature layer's rows, for comparisons."""
+        return self.hidden(pixel_values)[:, 1:].float()
+
+
+def plain_vision(spec: ModelSpec) -> PlainVision:
+    """The plain encoder of a model, its weights random."""
+    # the rule is dropped, so the one without tensors of its own is taken
+    return PlainVision(LlavaVision(spec, UniformPolicy()))
+
 
 def plain_from_checkpoint(spec: ModelSpec, reader: SafetensorsReader, precision: Precision) -> PlainVision:
-    """The plain encoder with the checkpoint's own weights; see `clip.vision_from_checkpoint`."""
-    # the rule is dropped, so the one without tensors of its own is taken
-    return PlainVision(vision_from_checkpoint(spec, UniformPolicy(), reader, precision)).eval()
+    """LLaVA-1.5's plain encoder with the checkpoint's own weights; for any family: `families.plain_from_plan`."""
+    return module_from_checkpoint(lambda: plain_vision(spec), reader, precision, checkpoint_names)
