@@ -25,10 +25,13 @@ SIDE_FILES = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.json",
@@ -43,7 +46,17 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """One model of the table. `repository` is empty for the model that ships with the package."""
+    """One model of the table.
+
+    Attributes:
+        repository: empty for the model that ships with the package.
+        revision: full commit; empty where none is known, and the newest one is taken. A manifest records which it was.
+        tokens: of the largest picture.
+        family: as `ModelSpec.family`.
+        varies: pictures have unequal numbers of tokens.
+        fewest: tokens of the smallest picture, where small ones have few; None where they are scaled up.
+        videos: clips are taken.
+    """
 
     name: str
     repository: str
@@ -51,6 +64,10 @@ class CatalogEntry:
     parameters: str
     tokens: int
     note: str
+    family: str = "llava"
+    varies: bool = False
+    fewest: int | None = None
+    videos: bool = False
 
 
 CATALOG: dict[str, CatalogEntry] = {
@@ -64,6 +81,78 @@ CATALOG: dict[str, CatalogEntry] = {
             "7 B",
             576,
             "CLIP ViT-L/14-336 and Vicuna-7B v1.5",
+        ),
+        CatalogEntry(
+            "llava-1.5-13b",
+            "llava-hf/llava-1.5-13b-hf",
+            "5dda2880bda009266dda7c4baff660b95ca64540",
+            "13 B",
+            576,
+            "CLIP ViT-L/14-336 and Vicuna-13B v1.5",
+        ),
+        CatalogEntry(
+            "llava-v1.6-vicuna-7b",
+            "llava-hf/llava-v1.6-vicuna-7b-hf",
+            "c916e6cdcd760b4cecd1dd4907f84ac649f93b23",
+            "7 B",
+            2880,
+            "LLaVA-NeXT: up to 4 tiles, CLIP ViT-L/14-336 and Vicuna-7B v1.5",
+            family="llava_next",
+            varies=True,
+        ),
+        CatalogEntry(
+            "llava-v1.6-vicuna-13b",
+            "llava-hf/llava-v1.6-vicuna-13b-hf",
+            "e66fcaaa7d502b1037c8465375bb67f4c33758dd",
+            "13 B",
+            2880,
+            "LLaVA-NeXT: up to 4 tiles, CLIP ViT-L/14-336 and Vicuna-13B v1.5",
+            family="llava_next",
+            varies=True,
+        ),
+        CatalogEntry(
+            "llava-v1.6-mistral-7b",
+            "llava-hf/llava-v1.6-mistral-7b-hf",
+            "52320fb52229c8d942b1dcb8b63b3dc8087bc83b",
+            "7 B",
+            2880,
+            "LLaVA-NeXT: up to 4 tiles, CLIP ViT-L/14-336 and Mistral-7B Instruct v0.2",
+            family="llava_next",
+            varies=True,
+        ),
+        CatalogEntry(
+            "qwen2.5-vl-3b",
+            "Qwen/Qwen2.5-VL-3B-Instruct",
+            "66285546d2b821cf421d4f5eb2576359d3770cd3",
+            "3 B",
+            16384,
+            "any resolution, images and videos, windowed ViT and Qwen2.5-3B",
+            family="qwen2_5_vl",
+            varies=True,
+            fewest=4,
+            videos=True,
+        ),
+        CatalogEntry(
+            "qwen2.5-vl-7b",
+            "Qwen/Qwen2.5-VL-7B-Instruct",
+            "cc594898137f460bfe9f0759e9844b3ce807cfb5",
+            "7 B",
+            16384,
+            "any resolution, images and videos, windowed ViT and Qwen2.5-7B",
+            family="qwen2_5_vl",
+            varies=True,
+            fewest=4,
+            videos=True,
+        ),
+        CatalogEntry(
+            "video-llava-7b",
+            "LanguageBind/Video-LLaVA-7B-hf",
+            "4cf9d8cfc76a54f46a4cb43be5368b46b7f0d736",
+            "7 B",
+            256,
+            "images and clips of 8 frames, two CLIP ViT-L/14-224 and Vicuna-7B v1.5",
+            family="video_llava",
+            videos=True,
         ),
     )
 }
@@ -98,7 +187,7 @@ def reference_from_name(model: str) -> ModelReference:
         entry = CATALOG[model]
         if not entry.repository:
             return ModelReference(entry.name, "bundled", folder=data_folder("demo-model"))
-        return ModelReference(entry.name, "hub", entry.repository, entry.revision)
+        return ModelReference(entry.name, "hub", entry.repository, entry.revision or None)
     path = Path(model).expanduser()
     if model and os.path.isdir(path):  # Path("") is the working directory; its own raises for a name that is too long
         return ModelReference(path.resolve().name, "local", folder=path.resolve())

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +32,51 @@ def test_name_of_the_table() -> None:
     entry = CATALOG["llava-1.5-7b"]
     assert (reference.kind, reference.repository, reference.revision) == ("hub", entry.repository, entry.revision)
     assert reference.folder is None
+
+
+def test_a_model_that_is_not_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest revision is taken, and the source says which that was."""
+    hub = pytest.importorskip("huggingface_hub")
+    commit = "0123456789abcdef" * 2 + "01234567"
+    folder = tmp_path / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    asked = []
+
+    def snapshot(repository: str, *, revision: str | None, **settings: object) -> str:
+        asked.append((repository, revision))
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    entry = replace(CATALOG["llava-1.5-13b"], name="loose", revision="")
+    monkeypatch.setitem(CATALOG, "loose", entry)
+    reference = reference_from_name("loose")
+    assert reference.revision is None
+    source = checkpoint_from_reference(reference, weights=False).source
+    assert asked == [(entry.repository, None)]
+    assert (source.name, source.revision) == (entry.repository, commit)
+
+
+def test_every_family_is_in_the_table() -> None:
+    names = {"llava-1.5-7b", "llava-1.5-13b", "llava-v1.6-mistral-7b", "llava-v1.6-vicuna-7b", "llava-v1.6-vicuna-13b"}
+    assert names | {"qwen2.5-vl-3b", "qwen2.5-vl-7b", "video-llava-7b", "demo"} == set(CATALOG)
+    assert len({entry.revision for entry in CATALOG.values()}) == len(CATALOG)
+
+
+def test_files_of_processors_are_fetched_without_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    asked: list[str] = []
+    monkeypatch.setattr(catalog, "_cached", lambda reference, weights: None)
+    monkeypatch.setattr(catalog, "_hub_answers", lambda endpoint: True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        hub,
+        "snapshot_download",
+        lambda name, *, revision, allow_patterns: asked.extend(allow_patterns) or str(tmp_path),
+    )
+    checkpoint_from_reference(reference_from_name("qwen2.5-vl-3b"), weights=False)
+    assert {"preprocessor_config.json", "video_preprocessor_config.json", "vocab.json", "merges.txt"} <= set(asked)
+    assert not any("safetensors" in pattern for pattern in asked)
 
 
 def test_demo_ships_with_the_package() -> None:
