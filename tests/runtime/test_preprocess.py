@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from holov_export.errors import ImageError
-from holov_export.runtime import preprocess
+from holov_export.runtime import preprocess, preprocess_squares
 from holov_export.runtime.preprocess import image_from, pixels_from_images
 from holov_export.spec import ImageSpec
 
@@ -205,7 +205,7 @@ def test_crop_box_of_a_padded_picture() -> None:
 def test_long_strips_are_not_resized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     image = photograph("coffee").resize((300, 20))
     whole = pixels_from_images([image], SPEC).pixel_values
-    monkeypatch.setattr(preprocess, "_WHOLE_RESIZE_PIXELS", 1000)
+    monkeypatch.setattr(preprocess_squares, "_WHOLE_RESIZE_PIXELS", 1000)
     part = pixels_from_images([image], SPEC).pixel_values
     assert np.abs(whole - part).max() <= 1.01 / 255 / min(STD)
     strip = Image.new("RGB", (1, 3_000_000), (200, 100, 50))
