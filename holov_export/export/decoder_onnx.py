@@ -1,9 +1,13 @@
-"""The ONNX Runtime GenAI decoder of a bundle, built from a LLaVA checkpoint's language model.
+"""The decoder of a bundle, built from a checkpoint's language model by ONNX Runtime GenAI's builder.
 
     decoder/  genai_config.json  model.onnx(.data)  embedding.onnx(.data)  vision.onnx  tokenizer files
 
 GenAI takes raw embeddings only from its vision-language pipeline, so the folder declares itself "phi3v" (the one with
 one-dimensional RoPE and a run-time count of image rows). Its vision graph is a cast: the rows come from our graph.
+
+Where positions are three numbers (Qwen2.5-VL) the folder has no genai_config.json: GenAI would work them out of the
+picture's grid, which is wrong for pruned tokens. Plain ONNX Runtime runs these (`runtime/decoder_ort.py`), and their
+graph computes the logits of the last token only.
 
 Precisions, as seen with onnxruntime-genai 0.18 and onnxruntime 1.31 on a CPU: fp32 and int4 run. The builder's own fp16
 graph for the CPU fails in a Cast while running, but its fp16 graph for CUDA runs on the CPU as well, so that one is
@@ -15,7 +19,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,20 +28,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from holov_export.errors import CheckFailedError, CheckpointError, UnsupportedModelError, UsageError
+from holov_export.errors import CheckFailedError, CheckpointError, UsageError
+from holov_export.export.decoder_language import check_language_model, check_placeholder, write_checkpoint
 from holov_export.export.decoder_weights import (
     EMBEDDING,
-    HEAD,
-    NO_DECODER,
     StoredTensor,
     array_from_tensor,
     check_head_width,
     language_tensors,
-    mistaken_head,
-    write_language_model,
 )
 from holov_export.extras import require
 from holov_export.spec import DecoderPrecision, DecoderSpec
+
+__all__ = ["check_language_model", "check_precision", "decoder_from_checkpoint"]
 
 EMBEDDING_GRAPH = "embedding.onnx"
 VISION_GRAPH = "vision.onnx"
@@ -49,22 +51,15 @@ PRECISIONS_OF_PROVIDER = {
     "cpu": (DecoderPrecision.FP32, DecoderPrecision.FP16, DecoderPrecision.INT4),
     "cuda": tuple(DecoderPrecision),
 }
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 def decoder_from_checkpoint(
     folder: Path, out: Path, spec: DecoderSpec, precision: DecoderPrecision, provider: str = "cpu"
 ) -> None:
-    """Fill `out` with the GenAI decoder of the checkpoint in `folder`.
+    """Fill `out` with the decoder of the checkpoint in `folder`.
 
     Args:
-        folder: a LLaVA checkpoint directory.
+        folder: a checkpoint directory.
         out: the decoder folder; created if missing.
         spec: of the language model.
         precision: of the decoder's weights.
@@ -84,12 +79,15 @@ def decoder_from_checkpoint(
     # beside the bundle and not in /tmp: a 7 B model needs 13 GB here, and /tmp is often memory
     with tempfile.TemporaryDirectory(prefix=".language-model-", dir=out.parent) as work:
         source = Path(work) / "checkpoint"
-        _write_checkpoint(folder, source, tensors)
-        _run_builder(source, out, Path(work) / "cache", precision, provider)
+        write_checkpoint(folder, source, tensors)
+        _run_builder(source, out, Path(work) / "cache", precision, provider, last_only=bool(spec.mrope_sections))
     dtype = _embeds_dtype(out)
     _write_vision_graph(out / VISION_GRAPH, spec.width, dtype)
     _write_embedding_graph(out / EMBEDDING_GRAPH, tensors[EMBEDDING], spec.image_token_id, dtype)
-    _patch_config(out / CONFIG, spec, provider)
+    if spec.mrope_sections:
+        (out / CONFIG).unlink()
+    else:
+        _patch_config(out / CONFIG, spec, provider)
 
 
 def check_precision(precision: DecoderPrecision, provider: str) -> None:
@@ -108,91 +106,21 @@ def check_precision(precision: DecoderPrecision, provider: str) -> None:
         )
 
 
-def check_language_model(folder: Path, spec: DecoderSpec) -> None:
-    """Refuse, from config.json alone, a language model that `decoder_from_checkpoint` would refuse later.
-
-    Args:
-        folder: a LLaVA checkpoint directory; its weights need not be there.
-        spec: of the language model.
-
-    Raises:
-        CheckpointError: config.json does not load.
-        UnsupportedModelError: another architecture, or one that the builder would get wrong.
-    """
-    config = _language_config(folder)
-    head = _checked_head_width(config)
-    _check_placeholder(spec, config.vocab_size)
-    linears = {
-        "self_attn.q_proj": config.num_attention_heads * head,
-        "self_attn.k_proj": config.num_key_value_heads * head,
-        "self_attn.v_proj": config.num_key_value_heads * head,
-        "self_attn.o_proj": config.hidden_size,
-        "mlp.gate_proj": config.intermediate_size,
-        "mlp.up_proj": config.intermediate_size,
-        "mlp.down_proj": config.hidden_size,
-    }
-    for name, width in linears.items():
-        if width == config.vocab_size:
-            raise mistaken_head(name, width)
-
-
-def _language_config(folder: Path) -> Any:
-    """transformers' configuration of the checkpoint's language model."""
-    transformers = require("transformers")
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    except Exception as error:  # huggingface_hub's validation errors are none of Python's own
-        raise CheckpointError(f"config.json of '{folder.name}' does not load: {error}") from error
-
-
-def _checked_head_width(config: Any) -> int:
-    """The width of an attention head of a LLaMA that ONNX Runtime can run."""
-    if config.model_type != "llama":
-        raise UnsupportedModelError(
-            f"the language model is a '{config.model_type}'; the embedded decoder is built for LLaMA models.",
-            hint=NO_DECODER,
-        )
-    width = int(config.head_dim or config.hidden_size // config.num_attention_heads)
-    if width % 8:  # it builds, and fails at the first token
-        raise UnsupportedModelError(
-            f"the attention heads are {width} wide; ONNX Runtime's GroupQueryAttention takes multiples of 8.",
-            hint=NO_DECODER,
-        )
-    return width
-
-
-def _check_placeholder(spec: DecoderSpec, vocab_size: int) -> None:
-    if not 0 <= spec.image_token_id < vocab_size:
-        raise UnsupportedModelError(
-            f"the image placeholder has id {spec.image_token_id}, the embedding table has {vocab_size} rows.",
-            hint=NO_DECODER,
-        )
-
-
 def _check_sizes(tensors: dict[str, StoredTensor], spec: DecoderSpec) -> None:
     vocab_size, width = tensors[EMBEDDING].shape
     if width != spec.width:
         raise CheckpointError(f"the token embedding is {width} wide, the model's specification says {spec.width}.")
-    _check_placeholder(spec, vocab_size)
+    check_placeholder(spec, vocab_size)
     check_head_width(tensors, vocab_size)
 
 
-def _write_checkpoint(folder: Path, target: Path, tensors: dict[str, StoredTensor]) -> None:
-    """A LlamaForCausalLM directory that the builder can read."""
-    config = _language_config(folder)
-    _checked_head_width(config)
-    target.mkdir()
-    config.architectures = ["LlamaForCausalLM"]
-    config.tie_word_embeddings = HEAD not in tensors  # outer and inner configurations disagree; the weights do not
-    config.save_pretrained(target)
-    for name in _TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copy(folder / name, target / name)
-    write_language_model(tensors, target)
-
-
-def _run_builder(source: Path, out: Path, cache: Path, precision: DecoderPrecision, provider: str) -> None:
+def _run_builder(
+    source: Path, out: Path, cache: Path, precision: DecoderPrecision, provider: str, *, last_only: bool
+) -> None:
     """Run ONNX Runtime GenAI's model builder in a process of its own: it prints, and it holds the whole model.
+
+    With `last_only` the graph has the logits of the last token alone: those of 2000 tokens and Qwen's 152064 words
+    would take 1.2 GB.
 
     Source of the options: onnxruntime_genai 0.18 models/builder.py.
     """
@@ -200,6 +128,7 @@ def _run_builder(source: Path, out: Path, cache: Path, precision: DecoderPrecisi
     line = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(out)]
     flavour = "cuda" if precision is DecoderPrecision.FP16 else provider  # see the module's docstring
     line += ["-p", precision.value, "-e", flavour, "-c", str(cache), "--extra_options", "exclude_embeds=true"]
+    line += ["prune_lm_head=true"] if last_only else []
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     run = subprocess.run(
         line, cwd=source.parent, env=offline, capture_output=True, text=True, errors="replace", check=False

@@ -1,4 +1,4 @@
-"""The language model inside a LLaVA checkpoint, copied out of its safetensors shards into a checkpoint of its own.
+"""The language model inside a checkpoint, copied out of its safetensors shards into a checkpoint of its own.
 
 A safetensors file is a JSON header and raw bytes, so tensors are renamed by writing another header and copying the
 bytes: no tensor is ever decoded, a bfloat16 stays one, and memory stays at one copy buffer for a model of any size.
@@ -49,7 +49,7 @@ class StoredTensor:
 
 
 def language_key(key: str) -> str | None:
-    """The name that LlamaForCausalLM gives to a LLaVA checkpoint's `key`; None if it is not of the language model."""
+    """The name that LlamaForCausalLM gives to a checkpoint's `key`; None if it is not of the language model."""
     for pattern, replacement in _PREFIXES:
         if pattern.match(key):
             return pattern.sub(replacement, key)
@@ -79,7 +79,7 @@ def language_tensors(folder: Path) -> dict[str, StoredTensor]:
     if EMBEDDING not in tensors:
         raise CheckpointError(
             f"'{folder.name}' holds no language model: no tensor is called like {EMBEDDING}.",
-            hint="Expected a LLaVA checkpoint in safetensors.",
+            hint="Expected a vision-language checkpoint in safetensors.",
         )
     return tensors
 

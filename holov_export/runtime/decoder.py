@@ -14,8 +14,8 @@ from holov_export.errors import BundleError, PromptError, UnknownNameError, Usag
 from holov_export.spec import DecoderSpec
 from holov_export.tensors import SamplingSettings, StitchedPrompt
 
-#: decoders by name; "none" cannot answer, but a session without one still sees
-DECODERS = ("genai", "hf", "none")
+#: decoders by name; "auto" is what suits the bundle, "none" cannot answer, but a session without one still sees
+DECODERS = ("auto", "genai", "ort", "hf", "none")
 
 
 class Decoder(Protocol):
@@ -48,7 +48,7 @@ def check_prompt(prompt: StitchedPrompt, spec: DecoderSpec) -> None:
     """Refuse a prompt whose rows do not fit its placeholders. Back ends do not check it: a surplus row vanishes there.
 
     Raises:
-        PromptError: names the numbers.
+        PromptError: names the numbers; or the language model needs positions and the prompt has none.
     """
     places = int(np.count_nonzero(prompt.input_ids == prompt.image_token_id))
     rows = len(prompt.rows)
@@ -60,6 +60,10 @@ def check_prompt(prompt: StitchedPrompt, spec: DecoderSpec) -> None:
         raise PromptError(f"the visual rows are {prompt.rows.shape[1]} wide, the decoder takes {spec.width}.")
     if len(prompt) == 0:
         raise PromptError("the prompt is empty.")
+    if spec.mrope_sections:
+        shape = None if prompt.position_ids is None else prompt.position_ids.shape
+        if shape != (3, len(prompt)) or prompt.next_position is None:
+            raise PromptError(f"the decoder needs positions [3, {len(prompt)}] and the next one, it got {shape}.")
 
 
 def check_sampling(sampling: SamplingSettings) -> None:
@@ -111,6 +115,37 @@ def token_from_logits(logits: npt.NDArray[np.floating], sampling: SamplingSettin
     return int(dice.choice(order[:kept], p=weights))
 
 
+def embedded_decoder(decoder: str, spec: DecoderSpec) -> str:
+    """Which back end runs the decoder of a bundle: "genai" or "ort".
+
+    Args:
+        decoder: "auto", "genai" or "ort".
+        spec: of the language model.
+
+    Raises:
+        UsageError: "genai" for a language model that it would run wrongly.
+    """
+    if decoder == "auto":
+        return "ort" if spec.mrope_sections else "genai"
+    if decoder == "genai":
+        check_genai(spec)
+    return decoder
+
+
+def check_genai(spec: DecoderSpec) -> None:
+    """Refuse a language model that ONNX Runtime GenAI would run wrongly.
+
+    Raises:
+        UsageError: its positions are three numbers.
+    """
+    if spec.mrope_sections:
+        raise UsageError(
+            "the decoder 'genai' cannot answer here: ONNX Runtime GenAI works the positions of visual tokens (M-RoPE) "
+            "out of the picture's grid, and where tokens were pruned they would be wrong.",
+            hint="Choose --decoder ort, or auto.",
+        )
+
+
 def decoder_maker(
     decoder: str | Decoder, bundle: Bundle, provider: str, threads: int | None, checkpoint: str | Path | None
 ) -> Callable[[], Decoder]:
@@ -125,7 +160,7 @@ def decoder_maker(
 
     Raises:
         UnknownNameError: no such decoder.
-        UsageError: "hf" without a checkpoint.
+        UsageError: "hf" without a checkpoint, or "genai" for a language model that it would run wrongly.
     """
     if not isinstance(decoder, str):
         return lambda: decoder
@@ -144,16 +179,21 @@ def decoder_maker(
     if decoder not in DECODERS:
         raise UnknownNameError(f"unknown decoder '{decoder}'.", hint=f"Known: {', '.join(DECODERS)}.")
 
-    def genai() -> Decoder:
+    engine = embedded_decoder(decoder, spec)
+
+    def embedded() -> Decoder:
         from holov_export.runtime.decoder_genai import GenaiDecoder
+        from holov_export.runtime.decoder_ort import OrtDecoder
 
         if decoder == "none":
-            raise UsageError("this session was opened without a decoder.", hint="Choose --decoder genai or hf.")
+            raise UsageError("this session was opened without a decoder.", hint="Choose --decoder auto or hf.")
         if bundle.decoder is None:
             raise BundleError(
                 f"the bundle '{bundle.folder.name}' was exported without a decoder.",
                 hint="Export it without --no-decoder, or ask with --decoder hf --checkpoint DIR.",
             )
+        if engine == "ort":
+            return OrtDecoder(bundle.decoder, spec, provider=provider, threads=threads)
         return GenaiDecoder(bundle.decoder, spec, provider=provider, threads=threads)
 
-    return genai
+    return embedded

@@ -11,7 +11,7 @@ import numpy as np
 
 from holov_export.errors import BundleError, EnvironmentFaultError, UnknownNameError
 from holov_export.extras import require
-from holov_export.runtime.decoder import check_prompt, check_sampling, end_tokens
+from holov_export.runtime.decoder import check_genai, check_prompt, check_sampling, end_tokens
 from holov_export.spec import DecoderSpec
 from holov_export.tensors import SamplingSettings, StitchedPrompt
 
@@ -33,10 +33,12 @@ class GenaiDecoder:
 
         Raises:
             UnknownNameError: another provider.
+            UsageError: the language model is one that GenAI would run wrongly.
             MissingExtraError: onnxruntime-genai is not installed.
             BundleError: the folder is no GenAI decoder.
             EnvironmentFaultError: CUDA was asked for and is not there, or the model does not load here.
         """
+        check_genai(spec)
         if not (folder / CONFIG).is_file():
             raise BundleError(f"'{folder}' has no {CONFIG}.", hint="Export the bundle again, without --no-decoder.")
         require("onnxruntime")  # GenAI ends the whole process when it cannot find ONNX Runtime's library

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from holov_export.errors import BudgetError, UnknownNameError, UsageError
 from holov_export.policies import Frozen
-from holov_export.runtime.decoder_hf import HfDecoder
+from holov_export.runtime.decoder_hf import HfDecoder, check_llava
 from holov_export.runtime.inner.attention_rank import LastTokenRanking
 from holov_export.runtime.inner.layers import LlamaLayers
 from holov_export.runtime.inner.methods import (
@@ -95,6 +95,7 @@ class InnerDecoder(HfDecoder):
         provider: str = "auto",
         threads: int | None = None,
     ) -> None:
+        check_llava(checkpoint)
         super().__init__(checkpoint, spec, provider=provider, threads=threads)
         LlamaLayers(self._model)  # refuses another architecture now and not at the first question
         self._rule = rule

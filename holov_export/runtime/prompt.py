@@ -6,10 +6,12 @@ Source of the environment: transformers 5.23 utils/chat_template_utils.py, so th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 from holov_export.errors import PromptError
 from holov_export.extras import require
@@ -18,55 +20,135 @@ from holov_export.spec import PromptSpec
 Message = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class MediaCount:
+    """How many images and videos there are, or placeholders of them."""
+
+    images: int = 0
+    videos: int = 0
+
+
 def prompt_from_question(
-    question: str, spec: PromptSpec, *, images: int = 1, special_tokens: Mapping[str, str] | None = None
+    question: str,
+    spec: PromptSpec,
+    *,
+    images: int = 1,
+    videos: int = 0,
+    special_tokens: Mapping[str, str] | None = None,
 ) -> str:
     """The rendered prompt of one user turn, ending where the answer begins.
 
     Args:
-        question: the user's words. Where it contains the image placeholder, the images go there; else the template
-            puts them where it wants them.
-        spec: the model's chat template and placeholder.
-        images: how many there are.
+        question: the user's words. Where it contains placeholders, the images or videos go there; else the template
+            puts them where it wants them, images first.
+        spec: the model's chat template and placeholders.
+        images, videos: how many there are.
         special_tokens: "bos_token", "eos_token", ... as templates of other models read them.
 
     Returns:
-        Text with exactly one placeholder for each image.
+        Text with exactly one placeholder for each image and each video.
 
     Raises:
-        PromptError: an empty question, another number of placeholders than images, or a template that fails.
+        PromptError: an empty question, another number of placeholders than images or videos, or a template that fails.
     """
-    placed = question.count(spec.image_placeholder)
-    if not question.replace(spec.image_placeholder, "").strip():
+    names, given = _placeholders(spec), MediaCount(images, videos)
+    placed = placeholders_in_text(question, spec)
+    words = question
+    for name in names:
+        words = words.replace(name, "")
+    if not words.strip():
         raise PromptError("the question is empty.")
-    if placed:
-        check_placeholders(placed, images, spec.image_placeholder)
-    parts: list[Message] = [{"type": "image"}] * (0 if placed else images)
+    asked = MediaCount(images if placed.images else 0, videos if placed.videos else 0)
+    if placed != asked:
+        check_placeholders(placed, given, spec)
+    left = MediaCount(images - asked.images, videos - asked.videos)
+    tokens = special_tokens or {}
+    if placed.images or placed.videos:
+        question = _framed(question, spec, tokens)
+    parts: list[Message] = [{"type": "image"}] * left.images + [{"type": "video"}] * left.videos
     parts.append({"type": "text", "text": question})
-    text = _rendered([{"role": "user", "content": parts}], spec, special_tokens or {})
-    if text.count(spec.image_placeholder) != images:
+    text = _rendered([{"role": "user", "content": parts}], spec, tokens)
+    if placeholders_in_text(text, spec) != given:
         # templates older than content lists take a string and know nothing of images
-        lines = f"{spec.image_placeholder}\n" * (0 if placed else images)
-        text = _rendered([{"role": "user", "content": lines + question}], spec, special_tokens or {})
-    check_placeholders(text.count(spec.image_placeholder), images, spec.image_placeholder)
+        lines = f"{spec.image_placeholder}\n" * left.images + f"{spec.video_placeholder}\n" * left.videos
+        text = _rendered([{"role": "user", "content": lines + question}], spec, tokens)
+    check_placeholders(placeholders_in_text(text, spec), given, spec)
     return text
 
 
-def check_placeholders(placeholders: int, images: int, placeholder: str) -> None:
-    """Refuse a prompt whose placeholders are not as many as its images.
+def _placeholders(spec: PromptSpec) -> tuple[str, ...]:
+    return tuple(name for name in (spec.image_placeholder, spec.video_placeholder) if name)
+
+
+def placeholders_in_text(text: str, spec: PromptSpec) -> MediaCount:
+    """How many placeholders of either kind a text has."""
+    videos = text.count(spec.video_placeholder) if spec.video_placeholder else 0
+    return MediaCount(text.count(spec.image_placeholder), videos)
+
+
+def _framed(question: str, spec: PromptSpec, special_tokens: Mapping[str, str]) -> str:
+    """The question with the words around its placeholders that the template puts around those of parts.
+
+    Qwen2.5-VL has <|vision_start|> and <|vision_end|> there. A template that moves images to the front has none.
+    """
+    for kind, name in (("image", spec.image_placeholder), ("video", spec.video_placeholder)):
+        if not name or name not in question:
+            continue
+        parts: list[Message] = [{"type": "text", "text": "[["}, {"type": kind}, {"type": "text", "text": "]]"}]
+        found = re.search(
+            rf"\[\[(.*?){re.escape(name)}(.*?)\]\]",
+            _rendered([{"role": "user", "content": parts}], spec, special_tokens),
+            flags=re.DOTALL,
+        )
+        before, after = (found[1].strip(), found[2].strip()) if found else ("", "")
+        pieces = question.split(name)
+        for index in range(len(pieces) - 1):
+            if not pieces[index].endswith(before):
+                pieces[index] += before
+            if not pieces[index + 1].startswith(after):
+                pieces[index + 1] = after + pieces[index + 1]
+        question = name.join(pieces)
+    return question
+
+
+def check_placeholders(found: MediaCount, given: MediaCount, spec: PromptSpec) -> None:
+    """Refuse a prompt whose placeholders are not as many as its images and its videos.
+
+    Args:
+        found: placeholders. given: images and videos.
 
     Raises:
-        PromptError: names both numbers.
+        PromptError: says what is there and what is needed.
     """
-    if placeholders == images:
+    if found == given:
         return
-    have = f"{images} image{'' if images == 1 else 's'}"
+    if given.videos and not spec.video_placeholder:
+        raise PromptError(
+            f"the prompt comes with {_counted(given.videos, 'video')}, and this model takes none.",
+            hint="Give single frames as images.",
+        )
+    if (found.images or given.images) and (found.videos or given.videos):
+        raise PromptError(
+            f"the prompt has {found.images} {spec.image_placeholder} and {found.videos} {spec.video_placeholder}, and "
+            f"it comes with {_counted(given.images, 'image')} and {_counted(given.videos, 'video')}.",
+            hint=f"Write {spec.image_placeholder} once for each image and {spec.video_placeholder} for each video.",
+        )
+    if found.videos != given.videos:
+        _refuse(found.videos, _counted(given.videos, "video"), spec.video_placeholder, "video")
+    _refuse(found.images, _counted(given.images, "image"), spec.image_placeholder, "image")
+
+
+def _refuse(placeholders: int, have: str, placeholder: str, noun: str) -> NoReturn:
     if placeholders == 0:
         raise PromptError(f"the prompt has no placeholder for {have}.", hint=f"Write {placeholder} where it belongs.")
     raise PromptError(
-        f"the prompt has {placeholders} placeholder{'' if placeholders == 1 else 's'} and {have}.",
-        hint=f"Write {placeholder} once for each image.",
+        f"the prompt has {_counted(placeholders, 'placeholder')} and {have}.",
+        hint=f"Write {placeholder} once for each {noun}.",
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _rendered(messages: list[Message], spec: PromptSpec, special_tokens: Mapping[str, str]) -> str:

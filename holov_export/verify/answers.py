@@ -15,20 +15,29 @@ import numpy as np
 from holov_export.bundle import Bundle
 from holov_export.export.decoder_weights import EMBEDDING, StoredTensor, array_from_tensor, language_tensors
 from holov_export.extras import is_installed
-from holov_export.runtime.decoder import Decoder
+from holov_export.runtime.decoder import Decoder, embedded_decoder
 from holov_export.runtime.decoder_genai import GenaiDecoder
 from holov_export.runtime.decoder_hf import HfDecoder
+from holov_export.runtime.decoder_ort import OrtDecoder
 from holov_export.runtime.stitch import PromptEncoder, prompt_encoder_from_tokenizer, stitch
-from holov_export.spec import DecoderPrecision
-from holov_export.tensors import FloatArray, SamplingSettings, StitchedPrompt
+from holov_export.spec import DecoderPrecision, DecoderSpec
+from holov_export.tensors import CropBox, FloatArray, ImageLayout, ImageRows, Region, SamplingSettings, StitchedPrompt
 from holov_export.verify.parity import DecoderComparison
 
 #: a larger language model is not compared: transformers holds it in float32, twice its size on disk or more
 LIMIT_BYTES = 3_000_000_000
-_QUESTIONS = (("what is shown?", 1), ("how many are there, and which is red?", 2), ("what is a picture?", 0))
+#: question, images, videos
+_QUESTIONS = (
+    ("what is shown?", 1, 0),
+    ("how many are there, and which is red?", 2, 0),
+    ("what is a picture?", 0, 0),
+    ("what happens?", 0, 1),
+)
 _ROWS = 16
+#: of the pictures and clips that the prompts are about: (rows, columns) of tokens, frames, seconds between them
+_GRID, _FRAMES, _SECONDS = (5, 9), 3, 1.0
 _SAMPLED_WORDS = 4096
-_NEEDED = ("torch", "transformers", "safetensors", "onnxruntime", "onnxruntime_genai", "tokenizers", "jinja2")
+_NEEDED = ("torch", "transformers", "safetensors", "onnxruntime", "tokenizers", "jinja2")
 
 
 def compare_decoder(
@@ -39,14 +48,15 @@ def compare_decoder(
     new_tokens: int = 8,
     limit_bytes: int = LIMIT_BYTES,
 ) -> tuple[DecoderComparison | None, str]:
-    """Let the bundle's GenAI decoder and transformers continue the same prompts on the CPU.
+    """Let the bundle's decoder and transformers continue the same prompts on the CPU.
 
+    The back end is the one that the bundle opens by itself: GenAI, or plain ONNX Runtime where GenAI would be wrong.
     They run one after the other, so the larger decides the peak memory.
 
     Args:
         bundle: with an embedded decoder.
         checkpoint: directory of the weights that it was built from.
-        prompts: None for two with random visual rows and one of text alone; see `default_prompts`.
+        prompts: None for some with random visual rows and one of text alone; see `default_prompts`.
         new_tokens: greedy tokens for each prompt; fewer where an answer ends.
         limit_bytes: a language model that takes more on disk is not compared.
 
@@ -55,7 +65,7 @@ def compare_decoder(
 
     Raises:
         CheckpointError: the checkpoint is damaged or does not load.
-        EnvironmentFaultError: GenAI cannot load or run the decoder.
+        EnvironmentFaultError: the back end cannot load or run the decoder.
     """
     reason = _obstacle(bundle)
     if reason:
@@ -70,7 +80,7 @@ def compare_decoder(
     # neither is told the end tokens: an answer that is empty on both sides would agree about nothing
     endless = spec.model_copy(update={"eos_token_ids": ()})
     assert bundle.decoder is not None
-    ours = _answers(GenaiDecoder(bundle.decoder, endless, provider="cpu"), prompts, new_tokens)
+    ours = _answers(_embedded(bundle.decoder, endless), prompts, new_tokens)
     gc.collect()
     theirs = _answers(HfDecoder(checkpoint, endless, provider="cpu"), prompts, new_tokens)
     gc.collect()
@@ -83,6 +93,11 @@ def compare_decoder(
     return _judged(precision, pairs, new_tokens), ""
 
 
+def _embedded(folder: Path, spec: DecoderSpec) -> Decoder:
+    back_end = OrtDecoder if embedded_decoder("auto", spec) == "ort" else GenaiDecoder
+    return back_end(folder, spec, provider="cpu")
+
+
 def _obstacle(bundle: Bundle) -> str:
     """Why this bundle's decoder cannot be compared on this machine; empty if it can."""
     plan = bundle.manifest.plan
@@ -92,27 +107,61 @@ def _obstacle(bundle: Bundle) -> str:
         return "ONNX Runtime's CPU provider cannot run a bf16 decoder"
     if plan.decoder_provider != "cpu" and plan.decoder is not DecoderPrecision.FP16:
         return f"the decoder was built for {plan.decoder_provider}"
-    missing = [name for name in _NEEDED if not is_installed(name)]
+    needed = [*_NEEDED, *(["onnxruntime_genai"] if embedded_decoder("auto", plan.model.decoder) == "genai" else [])]
+    missing = [name for name in needed if not is_installed(name)]
     return f"not installed: {', '.join(missing)}" if missing else ""
 
 
 def default_prompts(bundle: Bundle, table: StoredTensor, new_tokens: int) -> tuple[StitchedPrompt, ...]:
-    """A prompt about one picture, one about two, and one of text alone, in the model's own words.
+    """A prompt about one picture, one about two, one of text alone and, if the model takes videos, one about a clip.
 
-    The pictures are seeded random rows with the standard deviation of the embedding table.
+    They are in the model's own words. What is seen are seeded random rows with the standard deviation of the embedding
+    table, at random places of an oblong picture.
     """
-    encoder = prompt_encoder_from_tokenizer(bundle.tokenizer, bundle.manifest.plan.model)
-    rows = min(_ROWS, bundle.manifest.plan.model.vision.tokens)
-    pictures = _random_rows(table, rows)
+    model = bundle.manifest.plan.model
+    encoder = prompt_encoder_from_tokenizer(bundle.tokenizer, model)
+    pictures = _random_rows(table, min(_ROWS, model.image_tokens))
     return tuple(
-        _prompt(encoder, question, [next(pictures) for _ in range(images)], new_tokens)
-        for question, images in _QUESTIONS
+        _prompt(encoder, question, pictures, (images, videos), new_tokens)
+        for question, images, videos in _QUESTIONS
+        if not videos or model.video.kind != "none"
     )
 
 
-def _prompt(encoder: PromptEncoder, question: str, rows: list[FloatArray], new_tokens: int) -> StitchedPrompt:
-    text = encoder.text_from_question(question, images=len(rows))
-    return stitch(encoder, text, rows, max_new_tokens=new_tokens)
+def _prompt(
+    encoder: PromptEncoder, question: str, rows: Iterator[FloatArray], number: tuple[int, int], new_tokens: int
+) -> StitchedPrompt:
+    images, videos = number
+    text = encoder.text_from_question(question, images=images, videos=videos)
+    return stitch(
+        encoder,
+        text,
+        [_placed(next(rows), _layout(1)) for _ in range(images)],
+        [_placed(next(rows), _layout(_FRAMES)) for _ in range(videos)],
+        max_new_tokens=new_tokens,
+    )
+
+
+def _placed(rows: FloatArray, layout: ImageLayout) -> ImageRows:
+    """Rows at some of the layout's tokens, in the order of the picture."""
+    kept = np.random.default_rng(len(rows)).choice(layout.tokens, len(rows), replace=False)
+    return ImageRows(rows, np.sort(kept).astype(np.int64), layout)
+
+
+def _layout(frames: int) -> ImageLayout:
+    """A picture, or a clip of several frames, with more tokens than the prompts have rows."""
+    box = CropBox(0.0, 0.0, 1.0, 1.0)
+    regions = tuple(Region(_GRID, box, frame=frame, seconds=_SECONDS if frame else 0.0) for frame in range(frames))
+    tokens = sum(region.tokens for region in regions)
+    return ImageLayout(
+        kind="image" if frames == 1 else "video",
+        rows=tokens,
+        tower_rows=tokens,
+        source=np.arange(tokens, dtype=np.int64),
+        regions=regions,
+        places=np.zeros((0, 2), dtype=np.int64),
+        windows=np.zeros(0, dtype=np.int64),
+    )
 
 
 def _random_rows(table: StoredTensor, rows: int) -> Iterator[FloatArray]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from holov_export.errors import CheckFailedError, CheckpointError, UnsupportedModelError, UsageError
-from holov_export.export import decoder_onnx
+from holov_export.export import decoder_language, decoder_onnx
 from holov_export.export.checkpoint import spec_from_checkpoint
 from holov_export.export.decoder_onnx import check_language_model, check_precision, decoder_from_checkpoint
 from holov_export.export.decoder_weights import (
@@ -114,7 +114,7 @@ def test_language_model_is_copied_bit_by_bit(
 ) -> None:
     checkpoint = renamed(llava_checkpoint, tmp_path / "renamed", style, dtype, shards=3)
     out = tmp_path / "llama"
-    decoder_onnx._write_checkpoint(checkpoint, out, language_tensors(checkpoint))
+    decoder_language.write_checkpoint(checkpoint, out, language_tensors(checkpoint))
     copied = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert type(copied).__name__ == "LlamaForCausalLM"
     original = load_file(llava_checkpoint / "model.safetensors")

@@ -18,6 +18,7 @@ from holov_export.errors import BundleError, CheckpointError, EnvironmentFaultEr
 from holov_export.runtime.decoder import Decoder, check_sampling, token_from_logits
 from holov_export.runtime.decoder_genai import GenaiDecoder
 from holov_export.runtime.decoder_hf import HfDecoder
+from holov_export.runtime.decoder_ort import OrtDecoder
 from holov_export.spec import ModelSpec
 from holov_export.tensors import SamplingSettings, StitchedPrompt
 
@@ -31,13 +32,15 @@ def reference(llava_checkpoint: Path) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration.from_pretrained(llava_checkpoint).eval()
 
 
-@pytest.fixture(scope="module", params=["genai", "hf"])
+@pytest.fixture(scope="module", params=["genai", "ort", "hf"])
 def decoder(
     request: pytest.FixtureRequest, llava_checkpoint: Path, genai_folder: Path, llava_spec: ModelSpec
 ) -> Iterator[Decoder]:
     made: Decoder
     if request.param == "genai":
         made = GenaiDecoder(genai_folder, llava_spec.decoder, provider="cpu", threads=1)
+    elif request.param == "ort":
+        made = OrtDecoder(genai_folder, llava_spec.decoder, provider="cpu", threads=1)
     else:
         made = HfDecoder(llava_checkpoint, llava_spec.decoder, provider="cpu", threads=1)
     yield made

@@ -10,7 +10,7 @@ FFN's first matrices read (behind the layer's second norm), and only the positio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from holov_export.errors import PromptError, UsageError
 from holov_export.extras import require
-from holov_export.runtime.decoder_hf import HfDecoder
+from holov_export.runtime.decoder_hf import HfDecoder, check_llava
 from holov_export.runtime.inner.layers import LlamaLayers
 from holov_export.runtime.inner.methods import RefetchSettings
 from holov_export.spec import DecoderSpec
@@ -37,7 +37,7 @@ class RefetchPrompt(StitchedPrompt):
         pruned: float [P, D], the pruned rows of all images; they are in no place of `input_ids`.
     """
 
-    pruned: FloatArray
+    pruned: FloatArray = field(kw_only=True)
 
 
 def refetch_prompt(prompt: StitchedPrompt, kept: Sequence[Int64Array]) -> RefetchPrompt:
@@ -121,6 +121,7 @@ class RefetchDecoder(HfDecoder):
         Raises:
             UsageError: the layer of the settings is past the last.
         """
+        check_llava(checkpoint)
         self._settings = settings or RefetchSettings()
         self._at = spec.layers // 2 if self._settings.layer is None else self._settings.layer
         if self._at >= spec.layers:
