@@ -1,9 +1,9 @@
 """The bundle: a folder with a manifest, the narrow waist between exporting, compiling and running.
 
-    manifest.json  vision.onnx  vision.onnx.data  decoder/  tokenizer.json  reports/
+    manifest.json  vision.onnx  vision.onnx.data  decoder/  tokenizer.json  newline.npy  reports/
 
 A bundle can hold several vision graphs, one for each selection rule: `vision.onnx` and `vision-scope.onnx` name the
-same weights.
+same weights. A model with a tower of its own for clips has further ones for that: `vision-video.onnx`.
 
 Writing is atomic: everything goes into a hidden folder beside the target, which is renamed at the end, so a killed
 export leaves the old bundle or none. Opening verifies sizes and sha256 hashes.
@@ -24,23 +24,25 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from holov_export import storage
-from holov_export.errors import BundleError, IntegrityError, StorageError, UnknownNameError
+from holov_export.errors import BundleError, IntegrityError, StorageError, UnknownNameError, UsageError
 from holov_export.policies import Frozen
+from holov_export.signature import TensorSpec
 from holov_export.spec import ExportPlan, GraphPlan
 from holov_export.storage import FolderKind, sha256_of
 
-#: of manifest.json; 3 since the plan can hold several graphs
-SCHEMA = 3
+#: of manifest.json; 4 since pictures may have unequal numbers of tokens
+SCHEMA = 4
 MANIFEST = "manifest.json"
 VISION = "vision.onnx"
 TOKENIZER = "tokenizer.json"
+NEWLINE = "newline.npy"
 DECODER = "decoder"
 REPORTS = "reports"
 ENGINES = "engines"
 
 _KIND = FolderKind(marker=MANIFEST, noun="bundle")
 
-ArtifactKind = Literal["vision", "weights", "decoder", "tokenizer", "report", "other"]
+ArtifactKind = Literal["vision", "weights", "decoder", "tokenizer", "newline", "report", "other"]
 
 
 class Artifact(Frozen):
@@ -84,7 +86,7 @@ class Bundle:
     """An opened bundle: its folder and its manifest.
 
     Attributes:
-        manifest: of the folder; in a view (`of_method`) its plan is that of the one graph.
+        manifest: of the folder; in a view (`of_method`, `of_part`) its plan is that of the one graph.
         graphs: all vision graphs of the folder, the default one first; made from the manifest.
         graph: file name of the vision graph that this object stands for.
     """
@@ -109,13 +111,28 @@ class Bundle:
         return self.manifest.plan.method
 
     @property
+    def part(self) -> Literal["image", "video"]:
+        """What the vision graph that this object stands for sees."""
+        return self.manifest.plan.part
+
+    @property
     def vision(self) -> Path:
         return self.folder / self.graph
+
+    @property
+    def weights(self) -> str:
+        """File name of the weights that the vision graphs of this part share; a tiny graph has none outside of it."""
+        return f"{graph_file('video') if self.part == 'video' else VISION}.data"
 
     @property
     def is_default(self) -> bool:
         """This object stands for the graph that runs when none is named."""
         return self.graph == VISION
+
+    @property
+    def label(self) -> str:
+        """What tells this object's graph from the default one in names of files: "", "scope", "scope-video"."""
+        return label_of(self.method if self.method != self.methods[0] else "", self.part)
 
     def of_method(self, name: str) -> Bundle:
         """The same bundle with another of its vision graphs; of a view as well.
@@ -125,13 +142,27 @@ class Bundle:
         """
         for graph in self.graphs:
             if graph.name == name:
-                file = VISION if graph == self.graphs[0] else graph_file(name)
-                plan = self.manifest.plan.of_graph(graph)
-                return replace(self, manifest=self.manifest.model_copy(update={"plan": plan}), graph=file)
+                return self._view(self.manifest.plan.of_graph(graph))
         raise UnknownNameError(
             f"the bundle '{self.folder.name}' has no graph for '{name}'; it has {', '.join(self.methods)}.",
             hint=f"Export it with: --method {','.join(dict.fromkeys([*self.methods, name]))}",
         )
+
+    def of_part(self, part: Literal["image", "video"]) -> Bundle:
+        """The same bundle and rule with the graph that sees pictures, or the one that sees clips.
+
+        Raises:
+            UsageError: the model has no tower of its own for clips.
+        """
+        if part not in self.manifest.plan.parts:
+            raise UsageError(f"'{self.manifest.plan.model.name}' has no vision graph for {part}s alone.")
+        return self._view(self.manifest.plan.of_part(part))
+
+    def _view(self, plan: ExportPlan) -> Bundle:
+        inputs, outputs = (graph_tensors(side) for side in plan.signature)
+        manifest = self.manifest.model_copy(update={"plan": plan, "inputs": inputs, "outputs": outputs})
+        label = label_of(plan.method if plan.method != self.methods[0] else "", plan.part)
+        return replace(self, manifest=manifest, graph=graph_file(label) if label else VISION)
 
     @property
     def decoder(self) -> Path | None:
@@ -141,6 +172,21 @@ class Bundle:
     @property
     def tokenizer(self) -> Path:
         return self.folder / TOKENIZER
+
+    @property
+    def newline(self) -> Path | None:
+        """The embedding that follows the rows of a picture, float32 [D]; None where rows have none."""
+        return self.folder / NEWLINE if self.manifest.plan.keeps_newlines else None
+
+
+def graph_tensors(specs: tuple[TensorSpec, ...]) -> tuple[GraphTensor, ...]:
+    """Signature entries as the manifest stores them."""
+    return tuple(GraphTensor(name=spec.name, dtype=spec.dtype, shape=spec.shape) for spec in specs)
+
+
+def label_of(method: str, part: str) -> str:
+    """"scope", "video", "scope-video"; empty for the default rule's graph of pictures."""
+    return "-".join(word for word in (method, "video" if part == "video" else "") if word)
 
 
 def graph_file(name: str, stem: str = "vision", ending: str = ".onnx") -> str:
@@ -260,6 +306,8 @@ def _kind_of(path: Path) -> ArtifactKind:
         return "report"
     if path.name == TOKENIZER:
         return "tokenizer"
+    if path.name == NEWLINE:
+        return "newline"
     if path.suffix == ".onnx":
         return "vision"
     return "weights" if path.name.endswith(".onnx.data") else "other"

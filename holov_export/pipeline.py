@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from PIL import Image
 
 from holov_export import __version__
 from holov_export.bundle import (
     DECODER,
+    NEWLINE,
     REPORTS,
     SCHEMA,
     TOKENIZER,
@@ -24,6 +26,7 @@ from holov_export.bundle import (
     artifacts_in,
     atomic_folder,
     graph_file,
+    graph_tensors,
     provenance,
     write_manifest,
 )
@@ -36,7 +39,7 @@ from holov_export.engine import Engine
 from holov_export.errors import BundleError, CheckpointError, ParityError
 from holov_export.extras import is_installed, require
 from holov_export.request import ExportRequest, plan_from_request
-from holov_export.spec import ExportPlan, GraphPlan
+from holov_export.spec import ExportPlan
 from holov_export.targets import EngineTarget
 from holov_export.verify.answers import compare_decoder
 from holov_export.verify.parity import ParityReport
@@ -70,9 +73,11 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
     plan, output = plan_from_request(request)
     checkpoint = checkpoint_from_reference(reference_from_name(request.model))
     with atomic_folder(output, overwrite=request.overwrite) as work:
-        for graph in plan.graphs:
-            tell(f"export the vision graph ({plan.precision.value}, {graph.name})")
-            _write_vision(plan, graph, checkpoint, work)
+        for view in _views(Bundle(work, _manifest(plan, work, hashed=False))):
+            tell(f"export the vision graph ({_words_of(view)})")
+            _write_vision(view, checkpoint)
+        if plan.model.image.kind == "tiles":
+            _write_newline(checkpoint, work)
         tell("check the graph against TensorRT's rules")
         for view in _views(Bundle(work, _manifest(plan, work, hashed=False))):
             _write_report(readiness_of(view.vision), report_file(READINESS, view), work)
@@ -92,14 +97,21 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
 
 def _views(bundle: Bundle) -> Iterator[Bundle]:
     """The bundle once for each of its graphs, the default one first."""
-    for method in bundle.methods:
-        yield bundle.of_method(method)
+    for part in bundle.manifest.plan.parts:
+        for method in bundle.methods:
+            yield bundle.of_method(method).of_part(part)
+
+
+def _words_of(view: Bundle) -> str:
+    """fp32, holov, video"""
+    part = [view.part] if len(view.manifest.plan.parts) > 1 else []
+    return ", ".join([view.manifest.plan.precision.value, view.method, *part])
 
 
 def report_file(name: str, bundle: Bundle) -> str:
     """Name of a graph's report: "parity.json", "parity-scope.json"."""
     stem, ending = name.split(".")
-    return name if bundle.is_default else graph_file(bundle.method, stem, f".{ending}")
+    return name if bundle.is_default else graph_file(bundle.label, stem, f".{ending}")
 
 
 def _verified(bundle: Bundle, checkpoint: Path, work: Path, tell: Tell) -> ParityReport:
@@ -107,7 +119,7 @@ def _verified(bundle: Bundle, checkpoint: Path, work: Path, tell: Tell) -> Parit
     reports = []
     for view in _views(bundle):
         if not view.is_default:
-            tell(f"compare the graph of {view.method}")
+            tell(f"compare the graph ({_words_of(view)})")
         report = verify_bundle(
             view, checkpoint, default_pictures(), with_transformers=False, with_decoder=view.is_default, tell=tell
         )
@@ -159,12 +171,10 @@ def verify_bundle(
 
     The decoder is compared with transformers' if the language model is small enough to be held twice.
     """
-    tokens = bundle.manifest.plan.model.vision.tokens
     report = parity_report(
         bundle,
         pictures,
         checkpoint=checkpoint,
-        budgets=sorted({1, max(1, tokens // 9), tokens}),
         with_transformers=with_transformers,
         tell=lambda name: tell(f"compare: {name}"),
     )
@@ -196,21 +206,32 @@ def refuse_if_failed(report: ParityReport) -> None:
         raise ParityError("the vision graph was not compared with anything.", hint="; ".join(report.skipped))
 
 
-def _write_vision(plan: ExportPlan, graph: GraphPlan, checkpoint: Checkpoint, work: Path) -> None:
-    """Write one graph; the first brings the weights, the others name them."""
+def _write_vision(view: Bundle, checkpoint: Checkpoint) -> None:
+    """Write one graph; the first of a part brings the weights of its tower, the others name them."""
     from holov_export.export.onnx_from_graph import forget_graph, onnx_from_graph, save_beside, save_vision
-    from holov_export.vision.clip import forget_weights, vision_from_checkpoint
+    from holov_export.vision.families import vision_from_plan
+    from holov_export.vision.loading import forget_weights
+    from holov_export.vision.weights import SafetensorsReader
+
+    plan = view.manifest.plan
+    with SafetensorsReader(checkpoint.folder) as reader:
+        module = vision_from_plan(plan, reader)
+    model = onnx_from_graph(module, plan)
+    first = view.of_method(view.methods[0])
+    if view.method == first.method:
+        save_vision(model, view.folder, view.graph)
+    else:
+        save_beside(model, view.folder, view.graph, first.graph)
+    forget_graph(model)
+    forget_weights(module)
+
+
+def _write_newline(checkpoint: Checkpoint, work: Path) -> None:
+    from holov_export.vision.families import newline_from_checkpoint
     from holov_export.vision.weights import SafetensorsReader
 
     with SafetensorsReader(checkpoint.folder) as reader:
-        module = vision_from_checkpoint(plan.model, graph.policy, reader, plan.precision, graph.cuts)
-    model = onnx_from_graph(module, plan.of_graph(graph))
-    if graph == plan.graphs[0]:
-        save_vision(model, work)
-    else:
-        save_beside(model, work, graph_file(graph.name))
-    forget_graph(model)
-    forget_weights(module)
+        np.save(work / NEWLINE, newline_from_checkpoint(reader))
 
 
 def _write_decoder(plan: ExportPlan, checkpoint: Checkpoint, work: Path) -> None:
@@ -272,9 +293,7 @@ def _write_report(report: ParityReport | ReadinessReport, name: str, work: Path)
 
 
 def _manifest(plan: ExportPlan, work: Path, *, hashed: bool) -> Manifest:
-    from holov_export.export.onnx_from_graph import graph_tensors, signature_of
-
-    inputs, outputs = signature_of(plan)
+    inputs, outputs = plan.signature
     return Manifest(
         schema_version=SCHEMA,
         plan=plan,

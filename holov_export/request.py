@@ -45,6 +45,7 @@ class ExportRequest:
         decoder: precision of the embedded decoder; None leaves it out.
         decoder_provider: "cpu" or "cuda", what the decoder's graph is built for.
         verify: write a parity report and refuse the export if it fails.
+        newlines: the rows of a picture that keep a token keep their newline embedding (LLaVA-NeXT).
     """
 
     model: str
@@ -57,6 +58,7 @@ class ExportRequest:
     decoder_provider: Literal["cpu", "cuda"] = "cpu"
     select_layer: str | None = None
     also: tuple[GraphRequest, ...] = ()
+    newlines: bool = True
 
 
 def plan_from_request(request: ExportRequest) -> tuple[ExportPlan, Path]:
@@ -96,6 +98,7 @@ def plan_from_request(request: ExportRequest) -> tuple[ExportPlan, Path]:
         decoder=request.decoder,
         decoder_provider=request.decoder_provider,
         opset=OPSETS[request.precision],
+        newlines=request.newlines,
     )
     output = request.output or Path(f"{spec.name}-{_file_name(plan.method)}-{request.precision.value}")
     check_target(output.absolute(), overwrite=request.overwrite)
@@ -126,17 +129,33 @@ def _graph_from_request(request: GraphRequest, spec: ModelSpec) -> tuple[GraphPl
     """(the graph, the budget that its schedule names).
 
     Raises:
-        UsageError: the layers do not parse, do not exist, or the rule cannot decide there.
+        UsageError: the layers do not parse, do not exist, or the rule cannot decide there or for this model.
     """
+    method = request.policy.method
+    if _is_packed(spec) and not request.policy.packs:
+        raise UsageError(
+            f"'{method}' cannot decide where pictures have unequal numbers of tokens, as in '{spec.name}'.",
+            hint="Choose another rule: holov-export methods",
+        )
+    if request.select_layer and _is_packed(spec):
+        raise UsageError(
+            f"the tower of '{spec.name}' selects at its last layer; --select-layer is for square pictures.",
+            hint="Leave --select-layer away.",
+        )
     try:
-        cuts, budget = cuts_from_text(request.select_layer, spec.vision) if request.select_layer else ((), None)
+        cuts, budget = cuts_from_text(request.select_layer, spec.clip) if request.select_layer else ((), None)
         check_cuts(request.policy, cuts)
     except ValueError as error:
         raise UsageError(
-            f"the layers '{request.select_layer}' of '{request.policy.method}' are wrong: {error}.",
+            f"the layers '{request.select_layer}' of '{method}' are wrong: {error}.",
             hint="Write a layer such as 12, or a schedule such as 12:256,22:64.",
         ) from error
     return GraphPlan(policy=request.policy, cuts=cuts), budget
+
+
+def _is_packed(spec: ModelSpec) -> bool:
+    """One of the model's graphs is packed; see `ExportPlan.packed`."""
+    return spec.image.kind != "square" or spec.video.kind != "none"
 
 
 def _file_name(method: str) -> str:

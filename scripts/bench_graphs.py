@@ -45,13 +45,11 @@ from machine import one_line, write_result  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from holov_export.bundle import SCHEMA, VISION, Bundle, Manifest, graph_file, provenance  # noqa: E402
+from holov_export.bundle import SCHEMA, VISION, Bundle, Manifest, graph_file, graph_tensors, provenance  # noqa: E402
 from holov_export.export.onnx_from_graph import (  # noqa: E402
-    graph_tensors,
     onnx_from_graph,
     save_beside,
     save_vision,
-    signature_of,
 )
 from holov_export.policies import NoSelection, policy_from_settings  # noqa: E402
 from holov_export.runtime.preprocess import pixels_from_images  # noqa: E402
@@ -125,7 +123,7 @@ def written_bundle(names: Sequence[str], spec: ModelSpec, folder: Path) -> Bundl
         seconds = time.perf_counter() - began
         print(f"  exported {graph.name}: {seconds:.0f} s, {size / 1e3:.0f} kB", file=sys.stderr, flush=True)
         gc.collect()
-    inputs, outputs = (graph_tensors(side) for side in signature_of(plan))
+    inputs, outputs = (graph_tensors(side) for side in plan.signature)
     manifest = Manifest(
         schema_version=SCHEMA, plan=plan, inputs=inputs, outputs=outputs, artifacts=(), provenance=provenance("", {})
     )

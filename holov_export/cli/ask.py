@@ -28,22 +28,46 @@ from holov_export.errors import StorageError
 from holov_export.pipeline import checkpoint_of
 from holov_export.policies import POLICIES
 from holov_export.runtime.decoder import check_sampling
+from holov_export.runtime.media import check_videos
+from holov_export.runtime.packing import SPREADS, Spread
 from holov_export.runtime.preprocess import image_from
+from holov_export.runtime.preprocess_video import clip_from
 from holov_export.runtime.runner import Runner, chosen_budget, default_budget, quota_array
 from holov_export.runtime.runner_choice import runner_from_bundle
 from holov_export.runtime.session import Session
 from holov_export.tensors import Generation, SamplingSettings
-from holov_export.verify.picture import panels_from_bundle, picture_of_panels
+from holov_export.verify.panels import panels_from_bundle, subject_from_clip, subject_from_picture
+from holov_export.verify.picture import picture_of_panels
 
 
 @click.command()
 @bundle_argument
-@click.argument("images", nargs=-1, required=True, type=UserPath(), metavar="IMAGE...")
+@click.argument("images", nargs=-1, type=UserPath(), metavar="[IMAGE...]")
 @click.argument("prompt")
-@click.option("--budget", type=int, help="Visual tokens of each image [default: the bundle's, or a ninth of them].")
+@click.option(
+    "--video", "videos", multiple=True, type=UserPath(), help="A clip: a video file, an animation, a folder of frames."
+)
+@click.option(
+    "--budget", type=int, help="Visual tokens of each image or clip [default: the bundle's, or a ninth of them]."
+)
 @method_option
-@click.option("--quota", "quotas", type=int, multiple=True, help="Tokens of one image, at most the budget; repeat.")
-@click.option("--decoder", type=click.Choice(["genai", "hf"]), default="genai", show_default=True, help="Back end.")
+@click.option(
+    "--quota", "quotas", type=int, multiple=True, help="Tokens of one image or clip, at most the budget; repeat."
+)
+@click.option(
+    "--spread",
+    type=click.Choice(SPREADS),
+    default="frames",
+    show_default=True,
+    help="How the budget of a clip is spent: the same in each frame, or wherever the rule finds something.",
+)
+@click.option(
+    "--decoder",
+    type=click.Choice(["auto", "genai", "ort", "hf"]),
+    default="auto",
+    show_default=True,
+    help="Back end: ONNX Runtime GenAI or plain ONNX Runtime over the embedded decoder, or transformers.",
+)
 @click.option(
     "--checkpoint", help="For --decoder hf: directory, name or OWNER/REPO of the weights (demo: found by itself)."
 )
@@ -63,10 +87,12 @@ from holov_export.verify.picture import panels_from_bundle, picture_of_panels
 def ask(
     bundle: Path,
     images: tuple[Path, ...],
+    videos: tuple[Path, ...],
     prompt: str,
     budget: int | None,
     method: str | None,
     quotas: tuple[int, ...],
+    spread: Spread,
     decoder: str,
     checkpoint: str | None,
     max_new_tokens: int,
@@ -83,7 +109,9 @@ def ask(
     verify: Literal["full", "size"],
     as_json: bool,
 ) -> None:
-    """Ask a question about one or more images. The answer streams to stdout, timings go to stderr."""
+    """Ask a question about images, clips or both. The answer streams to stdout, timings go to stderr."""
+    if not images and not videos:
+        raise click.UsageError("name what the question is about: --image or --video.")
     if checkpoint is not None and decoder != "hf":
         raise click.UsageError("--checkpoint is for --decoder hf only; the embedded decoder has its own weights.")
     sampling = SamplingSettings(max_new_tokens, temperature, top_k, top_p, seed, stop)
@@ -94,7 +122,7 @@ def ask(
 
     check_sampling(sampling)
     _check_engine(engine, target)
-    _check_request(bundle, images, budget, quotas, methods=(method,) if method else ())
+    _check_request(bundle, images, budget, quotas, videos=videos, methods=(method,) if method else ())
     opened = graph_of(open_bundle(bundle, verify=verify), method)
     weights = checkpoint_of(opened, checkpoint) if decoder == "hf" else None
     with Session.open(
@@ -110,8 +138,10 @@ def ask(
         answer = session.ask(
             list(images),
             prompt,
+            videos=list(videos),
             budget=budget,
             quota=list(quotas) or None,
+            spread=spread,
             sampling=sampling,
             raw=raw,
             on_text=None if as_json else on_text,
@@ -134,6 +164,7 @@ def _check_request(
     budget: int | None,
     quotas: Sequence[int] = (),
     *,
+    videos: Sequence[Path] = (),
     methods: Sequence[str] = (),
 ) -> None:
     """Refuse a wrong budget, quota, rule or picture before gigabytes are hashed and loaded.
@@ -144,12 +175,11 @@ def _check_request(
     manifest = read_manifest(bundle)
     for method in methods:
         Bundle(bundle, manifest).of_method(method)
-    usual = default_budget(manifest.plan)
-    quota_array(
-        quotas or None,
-        chosen_budget(budget, quotas or None, manifest.plan.model.vision.tokens, usual),
-        len(images),
-    )
+    plan = manifest.plan
+    largest = max(plan.of_part(part).tokens for part in plan.parts)
+    chosen = chosen_budget(budget, quotas or None, largest, default_budget(plan))
+    quota_array(quotas or None, chosen, len(images) + len(videos))
+    check_videos(len(videos), plan)
     for image in images:
         image_from(image)
 
@@ -196,13 +226,28 @@ def _timing_line(answer: Generation) -> str:
 
 @click.command()
 @bundle_argument
-@click.argument("image", type=UserPath())
+@click.argument("image", type=UserPath(), required=False)
+@click.option(
+    "--video", type=UserPath(), help="Instead of IMAGE a clip: a video file, an animation, a folder of frames."
+)
 @click.option("--budget", type=int, help="Visual tokens [default: the bundle's, or a ninth of them].")
 @click.option(
     "--methods",
     help="Graphs of the bundle, or rules that read no features, comma separated [default: its first graph].",
 )
-@click.option("--side", type=click.IntRange(64, 4096), default=480, show_default=True, help="Pixels of a panel.")
+@click.option(
+    "--spread",
+    type=click.Choice(SPREADS),
+    help="How the budget of a clip is spent: the same in each frame, or wherever the rule finds something "
+    "[default: frames].",
+)
+@click.option(
+    "--side",
+    type=click.IntRange(64, 4096),
+    default=480,
+    show_default=True,
+    help="Pixels of a panel; a frame of a clip has a third.",
+)
 @click.option(
     "-o",
     "--output",
@@ -217,9 +262,11 @@ def _timing_line(answer: Generation) -> str:
 @verify_option
 def show(
     bundle: Path,
-    image: Path,
+    image: Path | None,
+    video: Path | None,
     budget: int | None,
     methods: str | None,
+    spread: Spread | None,
     side: int,
     output: Path,
     engine: str,
@@ -228,6 +275,10 @@ def show(
     verify: Literal["full", "size"],
 ) -> None:
     """Draw a picture of what stays. Kept tokens are lit, pruned ones dimmed; crop borders and their counts."""
+    if (image is None) == (video is None):
+        raise click.UsageError("name one thing to look at: a picture, or a clip with --video.")
+    if spread is not None and video is None:
+        raise click.UsageError("--spread is for --video only; a picture has no frames.")
     _check_picture(output)
     names = method_names(methods) if methods else []
     held = Bundle(bundle, read_manifest(bundle)).methods
@@ -235,19 +286,28 @@ def show(
     if unknown:
         raise click.UsageError(f"unknown method '{unknown[0]}'; known: {', '.join(dict.fromkeys([*held, *POLICIES]))}.")
     _check_engine(engine, target)
-    _check_request(bundle, [image], budget)
+    _check_request(bundle, [image] if image else [], budget, videos=[video] if video else [])
+    if video is not None:
+        clip_from(video)  # what cannot be read is refused before gigabytes are hashed
     opened = open_bundle(bundle, verify=verify)
     plan = opened.manifest.plan
-    wanted = chosen_budget(budget, None, plan.model.vision.tokens, default_budget(plan))
-    names = names or [opened.method]
 
     def open_runner(view: Bundle) -> Runner:
         return runner_from_bundle(view, engine=engine, target=target, provider=provider, verify=verify)
 
-    picture, box, panels = panels_from_bundle(opened, open_runner, image, wanted, names)
-    drawn = picture_of_panels(picture, box, panels, plan.model.vision.grid, side=side)
+    if video is not None:
+        opened = opened.of_part(plan.parts[-1])
+        subject = subject_from_clip(video, plan.model, side // 3)
+    else:
+        assert image is not None
+        subject = subject_from_picture(image, plan.model, side)
+    # one budget may be meant for pictures and clips alike, of which one has fewer tokens
+    budget = None if budget is None else min(budget, opened.manifest.plan.tokens)
+    panels = panels_from_bundle(
+        opened, open_runner, subject.pixels, budget, names or [opened.method], spread or SPREADS[0]
+    )
     try:
-        drawn.save(output)
+        picture_of_panels(subject, panels).save(output)
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot write '{output}': {error}.", hint="Choose another --output.") from error
     OUT.print(str(output), soft_wrap=True)

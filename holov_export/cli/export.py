@@ -20,7 +20,16 @@ from holov_export.pipeline import export_and_compile, export_bundle, readiness_r
 from holov_export.policies import POLICIES, SelectionPolicy, policy_from_settings
 from holov_export.request import ExportRequest, GraphRequest, plan_from_request
 from holov_export.runtime.runner import default_budget
-from holov_export.spec import DecoderPrecision, ExportPlan, GraphPlan, Precision
+from holov_export.spec import (
+    DecoderPrecision,
+    ExportPlan,
+    FramePairsSpec,
+    FramesSpec,
+    GraphPlan,
+    PatchImageSpec,
+    Precision,
+    TiledImageSpec,
+)
 from holov_export.targets import EngineTarget
 from holov_export.verify.parity import ParityReport
 
@@ -66,6 +75,12 @@ from holov_export.verify.parity import ParityReport
     help="What the decoder's graph is built for.",
 )
 @click.option("--no-decoder", is_flag=True, help="Leave the decoder out: vision graph and tokenizer only.")
+@click.option(
+    "--newlines/--no-newlines",
+    default=True,
+    show_default=True,
+    help="LLaVA-NeXT: the rows of an image that keep a token keep their newline embedding.",
+)
 @click.option("-o", "--output", type=UserPath(), help="Folder of the bundle.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
 @click.option("--no-verify", is_flag=True, help="Write the bundle without comparing it with torch and the reference.")
@@ -83,6 +98,7 @@ def export(
     decoder_precision: str | None,
     decoder_provider: Literal["cpu", "cuda"],
     no_decoder: bool,
+    newlines: bool,
     output: Path | None,
     overwrite: bool,
     no_verify: bool,
@@ -108,6 +124,7 @@ def export(
         overwrite=overwrite,
         verify=not no_verify,
         decoder_provider=decoder_provider,
+        newlines=newlines,
     )
     target = None if target_name is None else target_asked(target_name, dry_run=dry_run)
     if dry_run:
@@ -195,15 +212,16 @@ def _print_plan(plan: ExportPlan, output: Path, as_json: bool) -> None:
     if as_json:
         print_json(_plan_json(plan, output))
         return
-    vision, decoder = plan.model.vision, plan.model.decoder
-    exported = f"{vision.feature_layer + 1} of {vision.layers} layers"
+    decoder = plan.model.decoder
     rows = {
         "model": f"{plan.model.name} ({plan.source.kind}: {plan.source.name})",
         "revision": plan.source.revision or "-",
-        "vision": f"{vision.image_size} x {vision.image_size} pixels, {vision.tokens} tokens, {exported}",
+        "vision": _vision_text(plan),
+        **({"video": _video_text(plan)} if plan.model.video.kind != "none" else {}),
         "selection": graph_text(plan.graphs[0]),
         **({"also": "; ".join(graph_text(graph) for graph in plan.also)} if plan.also else {}),
-        "default budget": f"{default_budget(plan)} tokens of an image",
+        "default budget": _budget_text(plan),
+        **({"newlines": "kept" if plan.keeps_newlines else "dropped"} if plan.model.image.kind == "tiles" else {}),
         "precision": f"{plan.precision.value}, selection float32, opset {plan.opset}",
         "decoder": f"{decoder.architecture}, {decoder.layers} layers, {plan.decoder.value}" if plan.decoder else "none",
         "context": f"{decoder.context} tokens",
@@ -213,6 +231,35 @@ def _print_plan(plan: ExportPlan, output: Path, as_json: bool) -> None:
     for key, value in rows.items():
         made.add_row(key, value)
     OUT.print(made)
+
+
+def _vision_text(plan: ExportPlan) -> str:
+    """What the tower sees of an image, and how much of the tower is exported."""
+    image, vision = plan.model.image, plan.model.vision
+    exported = f"{vision.feature_layer + 1} of {vision.layers} layers"
+    if isinstance(image, PatchImageSpec):
+        side = image.token_pixels
+        fewest = max(1, image.min_pixels // side**2)
+        return f"any size, a token each {side} x {side} pixels, {fewest} to {plan.model.image_tokens} tokens, {exported}"
+    seen = f"{plan.model.clip.image_size} x {plan.model.clip.image_size} pixels"
+    if isinstance(image, TiledImageSpec):
+        largest = max(height * width for height, width in image.pinpoints) // plan.model.clip.image_size**2
+        return f"{seen} and up to {largest} tiles of that size, up to {plan.model.image_tokens} tokens, {exported}"
+    return f"{seen}, {plan.model.image_tokens} tokens, {exported}"
+
+
+def _video_text(plan: ExportPlan) -> str:
+    video = plan.model.video
+    if isinstance(video, FramesSpec):
+        return f"{video.frames} frames of a clip, {plan.model.video_tokens} tokens, a tower of its own"
+    assert isinstance(video, FramePairsSpec)  # it is not "none"
+    return f"{video.fps:g} frames a second, {video.min_frames} to {video.max_frames}, up to {plan.model.video_tokens} tokens"
+
+
+def _budget_text(plan: ExportPlan) -> str:
+    if plan.budget is None and plan.packed:
+        return "a ninth of an image's tokens"
+    return f"{default_budget(plan)} tokens of an image"
 
 
 def graph_text(graph: GraphPlan) -> str:

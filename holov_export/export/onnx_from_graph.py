@@ -16,14 +16,13 @@ import onnx_ir as ir
 import torch
 
 from holov_export import __version__
-from holov_export.bundle import VISION, GraphTensor
+from holov_export.bundle import VISION
 from holov_export.errors import ParityError
 from holov_export.export.passes import clean
 from holov_export.export.translations import translation_table
-from holov_export.signature import INPUTS, OUTPUTS, TensorSpec, vision_signature
+from holov_export.signature import TensorSpec
 from holov_export.spec import ExportPlan
-from holov_export.vision.clip import TORCH_DTYPES, LlavaVision
-from holov_export.vision.plain import PlainVision
+from holov_export.vision.families import VisionModule, example_inputs
 
 _ONNX_DTYPES = {
     ir.DataType.FLOAT: "float32",
@@ -33,42 +32,29 @@ _ONNX_DTYPES = {
 }
 
 
-def onnx_from_graph(module: LlavaVision | PlainVision, plan: ExportPlan) -> ir.Model:
+def onnx_from_graph(module: VisionModule, plan: ExportPlan) -> ir.Model:
     """Export the vision module.
 
-    The result's inputs and outputs are those of `signature.py`; batch, budget and quota are dynamic.
+    The result's inputs and outputs are those of `signature.py`; the axes that are named there are dynamic.
 
     Raises:
         ParityError: the exporter produced other inputs, outputs or another opset than the plan says.
     """
     module = module.eval()
     model = _exported(module, plan)
-    inputs, outputs = signature_of(plan)
-    batch = _axis(model.graph.inputs[0], 0)
-    budget = _axis(model.graph.outputs[0], 1)
-    clean(model, {batch: "batch", budget: "budget"})
+    inputs, outputs = plan.signature
+    clean(model, _axes(model, (*inputs, *outputs)))
     model.producer_name, model.producer_version = "holov-export", __version__
     model.graph.name = f"{plan.model.family}-vision-{plan.method}"
     _assert_signature(model, plan, inputs, outputs)
     return model
 
 
-def signature_of(plan: ExportPlan) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """(inputs, outputs) that a plan's vision graph has."""
-    vision = plan.model.vision
-    return vision_signature(
-        image_size=vision.image_size,
-        tokens=vision.tokens,
-        width=plan.model.decoder.width,
-        dtype=plan.precision.dtype,
-    )
-
-
-def save_vision(model: ir.Model, folder: Path) -> Path:
-    """Write `vision.onnx` and `vision.onnx.data` into `folder`."""
-    path = folder / VISION
+def save_vision(model: ir.Model, folder: Path, file: str = VISION) -> Path:
+    """Write a graph and its weights (`vision.onnx` and `vision.onnx.data`) into `folder`."""
+    path = folder / file
     try:
-        ir.save(model, path, external_data=f"{VISION}.data")
+        ir.save(model, path, external_data=f"{file}.data")
     except OSError as error:
         if error.errno is None:  # numpy's tofile forgets the number; a write that stops half-way is a full disk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
@@ -76,13 +62,13 @@ def save_vision(model: ir.Model, folder: Path) -> Path:
     return path
 
 
-def save_beside(model: ir.Model, folder: Path, file: str) -> Path:
-    """Write a further graph into a folder that has `vision.onnx`: it names the weights of that one's file.
+def save_beside(model: ir.Model, folder: Path, file: str, first: str = VISION) -> Path:
+    """Write a further graph into a folder that has the graph `first`: it names the weights of that one's file.
 
     A weight is found by its bytes, not by its name. What is not there (the rule's own tables) is written into the
     graph itself.
     """
-    shared = _weights_in(folder)
+    shared = _weights_in(folder / first)
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is None:
@@ -103,9 +89,9 @@ def save_beside(model: ir.Model, folder: Path, file: str) -> Path:
     return path
 
 
-def _weights_in(folder: Path) -> dict[tuple[str, str, bytes], ir.ExternalTensor]:
-    """The tensors of the weight file beside `vision.onnx`, by what they are."""
-    values = ir.load(folder / VISION).graph.initializers.values()
+def _weights_in(graph: Path) -> dict[tuple[str, str, bytes], ir.ExternalTensor]:
+    """The tensors of the weight file beside a graph, by what they are."""
+    values = ir.load(graph).graph.initializers.values()
     tensors = [value.const_value for value in values]
     return {_key_of(tensor): tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
 
@@ -145,26 +131,21 @@ def write_widened(source: Path, folder: Path) -> Path:
     return save_vision(model, folder)
 
 
-def graph_tensors(specs: tuple[TensorSpec, ...]) -> tuple[GraphTensor, ...]:
-    """Signature entries as the manifest stores them."""
-    return tuple(GraphTensor(name=spec.name, dtype=spec.dtype, shape=spec.shape) for spec in specs)
-
-
-def _exported(module: LlavaVision | PlainVision, plan: ExportPlan) -> ir.Model:
-    vision = plan.model.vision
-    pixels = torch.zeros(2, vision.channels, vision.image_size, vision.image_size, dtype=TORCH_DTYPES[plan.precision])
-    budget = min(2, vision.tokens)
-    arguments = (pixels, torch.tensor([budget]), torch.tensor([budget, 1]))
-    batch = torch.export.Dim.DYNAMIC
+def _exported(module: VisionModule, plan: ExportPlan) -> ir.Model:
+    inputs, outputs = plan.signature
+    dynamic = torch.export.Dim.DYNAMIC
     with quiet_exporter():
         program = torch.onnx.export(
             module,
-            arguments,
+            example_inputs(plan),
             dynamo=True,
             opset_version=plan.opset,
-            input_names=list(INPUTS),
-            output_names=list(OUTPUTS),
-            dynamic_shapes={"pixel_values": {0: batch}, "budget": None, "quota": {0: batch}},
+            input_names=[spec.name for spec in inputs],
+            output_names=[spec.name for spec in outputs],
+            dynamic_shapes={
+                spec.name: {index: dynamic for index, axis in enumerate(spec.shape) if isinstance(axis, str)}
+                for spec in inputs
+            },
             custom_translation_table=translation_table(plan.opset),
             optimize=True,
             verbose=False,
@@ -189,10 +170,16 @@ def quiet_exporter() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _axis(value: ir.Value, index: int) -> str:
-    assert value.shape is not None
-    axis = value.shape[index]
-    return str(getattr(axis, "value", axis))
+def _axes(model: ir.Model, specs: tuple[TensorSpec, ...]) -> dict[str, str]:
+    """The exporter's names of dynamic axes -> those of the signature."""
+    found: dict[str, str] = {}
+    for value, spec in zip((*model.graph.inputs, *model.graph.outputs), specs, strict=True):
+        assert value.shape is not None
+        for axis, name in zip(value.shape, spec.shape, strict=True):
+            symbol = getattr(axis, "value", axis)
+            if isinstance(name, str) and isinstance(symbol, str):
+                found.setdefault(symbol, name)
+    return found
 
 
 def _assert_signature(

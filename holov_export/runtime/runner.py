@@ -6,11 +6,13 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from holov_export.errors import BudgetError
+from holov_export.runtime.packing import Spread
 from holov_export.spec import ExportPlan
 from holov_export.tensors import Int64Array, PixelBatch, VisualTokens
 
@@ -58,15 +60,22 @@ class Runner(Protocol):
     tokens: int
 
     def run(
-        self, pixels: PixelBatch, budget: int, quota: Sequence[int] | None = None, *, saliency: bool | None = None
+        self,
+        pixels: PixelBatch,
+        budget: int,
+        quota: Sequence[int] | None = None,
+        *,
+        saliency: bool | None = None,
+        spread: Spread = "frames",
     ) -> VisualTokens:
         """Select and project the visual tokens of a batch.
 
         Args:
-            pixels: B images.
+            pixels: B images, or clips.
             budget: K, the size of the token axis, 1..N.
-            quota: tokens wanted for each image, 1..K; None for K each.
+            quota: tokens wanted for each image, 1..K; None for K each. An image that has fewer keeps all.
             saliency: also fetch the saliency of all N tokens; None for what the runner was made with.
+            spread: of clips: "frames" for equal quotas of all frames, "clip" for one quota of all of them.
 
         Raises:
             BudgetError: budget or quota outside its range.
@@ -83,21 +92,41 @@ class Runner(Protocol):
 
 
 def joined(parts: Sequence[VisualTokens]) -> VisualTokens:
-    """One batch from the results of its parts, which have the same budget."""
+    """One batch from the results of its parts; K and N are those of the largest."""
     if len(parts) == 1:
         return parts[0]
     saliency = [part.saliency for part in parts if part.saliency is not None]
     return VisualTokens(
-        np.concatenate([part.tokens for part in parts]),
-        np.concatenate([part.positions for part in parts]),
+        _stacked([part.tokens for part in parts], 0.0),
+        _stacked([part.positions for part in parts], -1),
         np.concatenate([part.counts for part in parts]),
-        np.concatenate(saliency) if saliency else None,
+        _stacked(saliency, -1.0) if saliency else None,
     )
 
 
+_Array = TypeVar("_Array", bound=npt.NDArray[Any])
+
+
+def _stacked(arrays: Sequence[_Array], fill: float) -> _Array:
+    """Arrays [B, M, ..] one after another, those with a shorter second axis filled up."""
+    longest = max(array.shape[1] for array in arrays)
+    padded = []
+    for array in arrays:
+        room = [(0, 0), (0, longest - array.shape[1]), *[(0, 0)] * (array.ndim - 2)]
+        padded.append(np.pad(array, room, constant_values=fill) if room[1][1] else array)
+    return np.concatenate(padded)  # type: ignore[return-value]
+
+
 def default_budget(plan: ExportPlan) -> int:
-    """Tokens of an image when nobody says: the plan's, or a ninth."""
-    return plan.budget or a_ninth(plan.model.vision.tokens)
+    """Tokens of an image when nobody says: the plan's, or a ninth; of the largest image where they differ."""
+    return plan.budget or a_ninth(plan.tokens)
+
+
+def default_quotas(plan: ExportPlan, pixels: PixelBatch) -> list[int]:
+    """Tokens of each image when nobody says: the plan's number, or a ninth of its own."""
+    if not pixels.layouts:
+        return [default_budget(plan)] * len(pixels)
+    return [min(plan.budget or a_ninth(layout.tokens), layout.tokens) for layout in pixels.layouts]
 
 
 def a_ninth(tokens: int) -> int:

@@ -5,20 +5,22 @@ The CUDA and TensorRT providers have not run on a real GPU yet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from holov_export.bundle import Bundle
 from holov_export.errors import BundleError, EnvironmentFaultError, ImageError
 from holov_export.extras import require
 from holov_export.runtime.ort_providers import CUDA, TENSORRT, TENSORRT_BATCHES, session_from_bundle
+from holov_export.runtime.packing import Spread, packed_inputs, pictures_from_rows
 from holov_export.runtime.runner import checked_budget, joined, quota_array
-from holov_export.signature import BUDGET, COUNTS, INPUTS, OUTPUTS, PIXEL_VALUES, POSITIONS, QUOTA, SALIENCY
+from holov_export.signature import BUDGET, COUNTS, OUTPUTS, PIXEL_VALUES, POSITIONS, QUOTA, SALIENCY
 from holov_export.signature import VISUAL_TOKENS as TOKENS
-from holov_export.tensors import FloatArray, Int64Array, PixelBatch, VisualTokens
+from holov_export.tensors import Int64Array, PixelBatch, VisualTokens
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,39 +49,53 @@ class OrtRunner:
         """
         _check_type(bundle)
         self._saliency = saliency
+        self._plan = bundle.manifest.plan
         self._session = session_from_bundle(bundle, provider, threads)
-        _check_names(self._session)
+        _check_names(self._session, bundle)
         pixels = next(item for item in bundle.manifest.inputs if item.name == PIXEL_VALUES)
         self._dtype = np.dtype(pixels.dtype)
-        self._image_shape = tuple(int(size) for size in pixels.shape[1:])
-        self.tokens = bundle.manifest.plan.model.vision.tokens
+        self._row_shape = tuple(int(size) for size in pixels.shape[1:])
+        self.tokens = self._plan.tokens
         self._largest = TENSORRT_BATCHES[-1] if provider == "tensorrt" else None
         device = {CUDA: "cuda", TENSORRT: "tensorrt"}.get(self._session.get_providers()[0], "cpu")
         self.name = f"onnxruntime {require('onnxruntime').__version__} ({device})"
 
     def run(
-        self, pixels: PixelBatch, budget: int, quota: Sequence[int] | None = None, *, saliency: bool | None = None
+        self,
+        pixels: PixelBatch,
+        budget: int,
+        quota: Sequence[int] | None = None,
+        *,
+        saliency: bool | None = None,
+        spread: Spread = "frames",
     ) -> VisualTokens:
         """See `Runner.run`."""
         budget = checked_budget(budget, self.tokens)
-        if pixels.pixel_values.shape[1:] != self._image_shape:
-            raise ImageError(f"the pixels are {pixels.pixel_values.shape[1:]}, the graph takes {self._image_shape}.")
+        if pixels.pixel_values.shape[1:] != self._row_shape or bool(pixels.layouts) != self._plan.packed:
+            raise ImageError(f"the pixels are {pixels.pixel_values.shape[1:]}, the graph takes {self._row_shape}.")
         quotas = quota_array(quota, budget, len(pixels))
         fetch = self._saliency if saliency is None else saliency
         step = self._largest or max(1, len(pixels))
         return joined(
             [
-                self._run_part(pixels.pixel_values[at : at + step], budget, quotas[at : at + step], fetch)
+                self._run_part(pixels.part(at, at + step), budget, quotas[at : at + step], fetch, spread)
                 for at in range(0, max(1, len(pixels)), step)
             ]
         )
 
-    def _run_part(self, pixels: FloatArray, budget: int, quotas: Int64Array, saliency: bool) -> VisualTokens:
-        feed = {
-            PIXEL_VALUES: np.ascontiguousarray(pixels, dtype=self._dtype),
-            BUDGET: np.array([budget], dtype=np.int64),
-            QUOTA: quotas,
-        }
+    def _run_part(
+        self, pixels: PixelBatch, budget: int, quotas: Int64Array, saliency: bool, spread: Spread
+    ) -> VisualTokens:
+        feed: dict[str, npt.NDArray[np.generic]]
+        feed = {PIXEL_VALUES: np.ascontiguousarray(pixels.pixel_values, dtype=self._dtype)}
+        if not self._plan.packed:
+            return self._fetched({**feed, BUDGET: np.array([budget], dtype=np.int64), QUOTA: quotas}, saliency)
+        packed = packed_inputs(pixels.layouts, self._plan, quotas, spread)
+        feed.update({array.name: array.values for array in packed.arrays})
+        feed.update({BUDGET: np.array([packed.budget], dtype=np.int64), QUOTA: packed.quota})
+        return pictures_from_rows(self._fetched(feed, saliency), packed, pixels.layouts)
+
+    def _fetched(self, feed: Mapping[str, npt.NDArray[np.generic]], saliency: bool) -> VisualTokens:
         wanted = [TOKENS, POSITIONS, COUNTS, *([SALIENCY] if saliency else [])]
         if self._session is None:
             raise EnvironmentFaultError("the runner is closed.")
@@ -113,10 +129,11 @@ def _check_type(bundle: Bundle) -> None:
         )
 
 
-def _check_names(session: Any) -> None:
+def _check_names(session: Any, bundle: Bundle) -> None:
     has = [item.name for item in session.get_inputs()], [item.name for item in session.get_outputs()]
-    if set(has[0]) != set(INPUTS) or not set(OUTPUTS) <= set(has[1]):
+    inputs = [item.name for item in bundle.manifest.inputs]
+    if set(has[0]) != set(inputs) or not set(OUTPUTS) <= set(has[1]):
         raise BundleError(
-            f"the vision graph has inputs {has[0]} and outputs {has[1]}, expected {list(INPUTS)} and {list(OUTPUTS)}.",
+            f"the vision graph has inputs {has[0]} and outputs {has[1]}, expected {inputs} and {list(OUTPUTS)}.",
             hint="Export the bundle again with this version.",
         )

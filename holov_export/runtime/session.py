@@ -1,4 +1,4 @@
-"""A question about an image, answered from a bundle.
+"""A question about images and clips, answered from a bundle.
 
 image --preprocess--> PixelBatch --runner, budget--> VisualTokens --stitch--> StitchedPrompt --decoder--> Generation
 """
@@ -16,17 +16,20 @@ import numpy as np
 from PIL import Image
 
 from holov_export.bundle import Bundle, open_bundle
-from holov_export.errors import EnvironmentFaultError, PromptError
+from holov_export.errors import BundleError, EnvironmentFaultError, PromptError, UsageError
 from holov_export.runtime.decoder import Decoder, check_sampling, decoder_maker
-from holov_export.runtime.preprocess import ImageSource, pixels_from_images
-from holov_export.runtime.runner import Runner, chosen_budget, default_budget, quota_array
+from holov_export.runtime.media import Media, MediaBatch, Part, PreparedMedia, media_from_groups
+from holov_export.runtime.packing import Spread
+from holov_export.runtime.preprocess import ImageSource
+from holov_export.runtime.preprocess_video import VideoSource
+from holov_export.runtime.runner import Runner, default_budget
 from holov_export.runtime.runner_choice import runner_from_bundle
-from holov_export.runtime.stitch import PromptEncoder, prompt_encoder_from_tokenizer, stitch
+from holov_export.runtime.stitch import PromptEncoder, check_fit, prompt_encoder_from_tokenizer, stitch
 from holov_export.runtime.text_stream import TextStream
 from holov_export.tensors import (
     FloatArray,
     Generation,
-    PixelBatch,
+    ImageRows,
     SamplingSettings,
     StitchedPrompt,
     Timings,
@@ -38,16 +41,6 @@ if TYPE_CHECKING:
 
 GREEDY = SamplingSettings()
 Images = ImageSource | Sequence[ImageSource]
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """Images that can go into the vision graph, and how many seconds preprocessing them took."""
-
-    pixels: PixelBatch
-    budget: int
-    quota: Sequence[int] | None
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -65,13 +58,26 @@ class Session:
         bundle: the opened bundle.
     """
 
-    def __init__(self, bundle: Bundle, runner: Runner, make_decoder: Callable[[], Decoder]) -> None:
-        """Put a session together from parts; `Session.open` is the usual way. `make_decoder` is called when needed."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        runner: Runner,
+        make_decoder: Callable[[], Decoder],
+        make_runner: Callable[[Bundle], Runner] | None = None,
+    ) -> None:
+        """Put a session together from parts; `Session.open` is the usual way.
+
+        Args:
+            make_decoder: is called when the first answer is asked for.
+            make_runner: makes the runner of a further graph of the bundle, when the first clip comes.
+        """
         self.bundle = bundle
-        self._runner = runner
+        self._runners: dict[Part, Runner] = {bundle.part: runner}
         self._make_decoder = make_decoder
+        self._make_runner = make_runner
         self._decoder: Decoder | None = None
         self._encoder: PromptEncoder | None = None
+        self._newline: FloatArray | None = None
         self._closed = False
 
     @classmethod
@@ -80,7 +86,7 @@ class Session:
         bundle: str | Path | Bundle,
         *,
         method: str | None = None,
-        decoder: str | Decoder = "genai",
+        decoder: str | Decoder = "auto",
         engine: str = "ort",
         target: str | None = None,
         provider: str = "auto",
@@ -94,8 +100,9 @@ class Session:
         Args:
             bundle: its folder, or one that `open_bundle` has opened.
             method: which of its vision graphs runs, as `bundle.methods` names them; None for the default one.
-            decoder: "genai" (embedded in the bundle), "hf" (transformers, needs `checkpoint`), "none", or your own.
-                It is loaded when the first answer is asked for.
+            decoder: "auto" (embedded in the bundle, by the back end that suits it), "genai" or "ort" (ONNX Runtime
+                GenAI or plain ONNX Runtime over the embedded one), "hf" (transformers, needs `checkpoint`), "none", or
+                your own. It is loaded when the first answer is asked for.
             engine: of the vision graph: "ort" (ONNX Runtime) or "tensorrt" (the bundle's compiled engine).
             target: for "tensorrt": which compiled engine; None for the only one that fits this machine.
             provider: "cpu", "cuda" or "auto", of the decoder and of "ort"; "tensorrt" for "ort" alone.
@@ -116,10 +123,13 @@ class Session:
         make_decoder = decoder_maker(
             decoder, opened, "auto" if provider == "tensorrt" else provider, threads, checkpoint
         )
-        runner = runner or runner_from_bundle(
-            opened, engine=engine, target=target, provider=provider, threads=threads, verify=verify
-        )
-        return cls(opened, runner, make_decoder)
+
+        def make_runner(view: Bundle) -> Runner:
+            return runner_from_bundle(
+                view, engine=engine, target=target, provider=provider, threads=threads, verify=verify
+            )
+
+        return cls(opened, runner or make_runner(opened), make_decoder, make_runner)
 
     @property
     def default_budget(self) -> int:
@@ -129,7 +139,7 @@ class Session:
     @property
     def name(self) -> str:
         """The engines at work, for people; loads the decoder."""
-        return f"{self._runner.name}, {self.decoder.name}"
+        return f"{self._runners[self.bundle.part].name}, {self.decoder.name}"
 
     @property
     def decoder(self) -> Decoder:
@@ -150,31 +160,76 @@ class Session:
             self._encoder = prompt_encoder_from_tokenizer(self.bundle.tokenizer, self.bundle.manifest.plan.model)
         return self._encoder
 
-    def see(self, images: Images, budget: int | None = None, quota: Sequence[int] | None = None) -> VisualTokens:
-        """The visual tokens of some images, with the saliency of all N. Needs neither tokenizer nor decoder.
+    @property
+    def newline(self) -> FloatArray | None:
+        """float32 [D]: what follows the rows of an image in a prompt; None where nothing does."""
+        path = self.bundle.newline
+        if self._newline is None and path is not None:
+            try:
+                self._newline = np.load(path, allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise BundleError(f"{path.name} does not load: {error}.", hint="Export the bundle again.") from error
+        return self._newline
+
+    def see(
+        self,
+        images: Images = (),
+        budget: int | None = None,
+        quota: Sequence[int] | None = None,
+        *,
+        videos: Sequence[VideoSource] = (),
+        spread: Spread = "frames",
+    ) -> VisualTokens:
+        """The visual tokens of some images or clips, with the saliency of all N. Needs no tokenizer and no decoder.
+
+        Args, Raises: as of `ask`; UsageError if images and clips go into different graphs.
+        """
+        prepared = self._prepared([Media(_listed(images), videos)], budget, quota, spread)
+        if len(prepared.batches) != 1:
+            raise UsageError("images and clips go into different graphs here.", hint="Ask for them one at a time.")
+        return self._run(prepared.batches[0], spread, saliency=True)
+
+    def rows_of(
+        self,
+        images: Images = (),
+        videos: Sequence[VideoSource] = (),
+        *,
+        budget: int | None = None,
+        quota: Sequence[int] | None = None,
+        spread: Spread = "frames",
+    ) -> tuple[list[ImageRows], list[ImageRows]]:
+        """The rows of images and of clips as `answer` takes them: for several questions about what is seen once.
 
         Args, Raises: as of `ask`.
         """
-        return self._see(self._prepared(_listed(images), budget, quota), saliency=True)[0]
+        pictures = _listed(images)
+        found, _ = self._see(self._prepared([Media(pictures, videos)], budget, quota, spread))
+        return found[: len(pictures)], found[len(pictures) :]
 
     def ask(
         self,
         images: Images,
         prompt: str,
         *,
+        videos: Sequence[VideoSource] = (),
         budget: int | None = None,
         quota: Sequence[int] | None = None,
+        spread: Spread = "frames",
         sampling: SamplingSettings = GREEDY,
         raw: bool = False,
         on_text: Callable[[str], None] | None = None,
     ) -> Generation:
-        """Answer a question about one image or several.
+        """Answer a question about images, clips or both.
 
         Args:
             images: one, or a list of those that the prompt is about.
             prompt: a question.
-            budget: tokens of each image, 1..N; None for the largest quota, without quotas for `default_budget`.
-            quota: tokens of each single image, 1..budget.
+            videos: the clips that it is about; the model puts them behind the images, unless the prompt has
+                placeholders. A string is a path, so a single one must be in a list.
+            budget: tokens of each image and of each clip, 1..N; what has fewer keeps all. None for the largest quota,
+                without quotas for `default_budget` or, where images differ in size, a ninth of each one's own.
+            quota: tokens of each single image and then of each clip, 1..budget.
+            spread: of clips: "frames" for equal quotas of all frames, "clip" for one quota of all of them.
             sampling: how tokens are drawn; greedy by default.
             raw: `prompt` is the whole prompt with a placeholder for each image, passed on verbatim.
             on_text: is called with each piece of the answer's text as it is made.
@@ -183,17 +238,25 @@ class Session:
             ImageError, BudgetError, PromptError, UsageError: the request is wrong.
         """
         (answer,) = self.ask_batch(
-            [_listed(images)], [prompt], budget=budget, quota=quota, sampling=sampling, raw=raw, on_text=on_text
+            [Media(_listed(images), videos)],
+            [prompt],
+            budget=budget,
+            quota=quota,
+            spread=spread,
+            sampling=sampling,
+            raw=raw,
+            on_text=on_text,
         )
         return answer
 
     def ask_batch(
         self,
-        images: Sequence[Images],
+        images: Sequence[Images | Media],
         prompts: Sequence[str],
         *,
         budget: int | None = None,
         quota: Sequence[int] | None = None,
+        spread: Spread = "frames",
         sampling: SamplingSettings = GREEDY,
         raw: bool = False,
         on_text: Callable[[str], None] | None = None,
@@ -204,10 +267,10 @@ class Session:
         the vision graph only. Each answer's timings hold the whole batch's preprocessing and vision.
 
         Args:
-            images: for each prompt its image or its list of images.
+            images: for each prompt its image, its list of images, or its `Media`. They may differ in size.
             prompts: one question each.
-            budget: tokens of each image, 1..N; None for the largest quota, without quotas for `default_budget`.
-            quota: tokens of each single image, over all prompts in order.
+            budget, spread: as of `ask`.
+            quota: tokens of each single image and clip, over all prompts in order, a prompt's images before its clips.
             sampling: how tokens are drawn; greedy by default.
             raw: the prompts are whole prompts, passed on verbatim.
             on_text: is called with each piece of each answer's text as it is made.
@@ -215,30 +278,47 @@ class Session:
         Raises:
             ImageError, BudgetError, PromptError, UsageError: the request is wrong.
         """
-        groups = [_listed(group) for group in images]
+        groups = [group if isinstance(group, Media) else Media(_listed(group)) for group in images]
         if len(groups) != len(prompts):
             raise PromptError(f"{len(prompts)} prompts and images for {len(groups)}.", hint="Give as many.")
         self._check_open()
         check_sampling(sampling)
-        texts = [self._text(prompt, len(group), raw) for prompt, group in zip(prompts, groups, strict=True)]
-        prepared = self._prepared([image for group in groups for image in group], budget, quota)
+        texts = [
+            self._text(prompt, len(group.images), len(group.videos), raw)
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
+        prepared = self._prepared(groups, budget, quota, spread)
         for text, group in zip(texts, groups, strict=True):
-            self._check_prompt(text, len(group))
+            check_fit(self.encoder, text, images=len(group.images), videos=len(group.videos))
         self.decoder  # noqa: B018  gigabytes, so only for a request that is sound; and it is no stage of an answer
-        visual, stages = self._see(prepared, saliency=False)
-        rows = iter([visual.rows(index) for index in range(len(visual))])
+        seen, stages = self._see(prepared)
+        rows = iter(seen)
         return [
-            self._answer(text, [next(rows) for _ in group], sampling, stages, on_text)
+            self._answer(
+                text,
+                [next(rows) for _ in group.images],
+                [next(rows) for _ in group.videos],
+                sampling,
+                stages,
+                on_text,
+            )
             for text, group in zip(texts, groups, strict=True)
         ]
 
     def answer(
-        self, rows: Sequence[FloatArray], prompt: str, *, sampling: SamplingSettings = GREEDY, raw: bool = False
+        self,
+        rows: Sequence[FloatArray | ImageRows],
+        prompt: str,
+        *,
+        videos: Sequence[ImageRows] = (),
+        sampling: SamplingSettings = GREEDY,
+        raw: bool = False,
     ) -> Generation:
-        """Answer from rows that `see` or a runner has made: several questions about an image that is seen once.
+        """Answer from rows that `rows_of` or a runner has made: several questions about what is seen once.
 
         Args:
-            rows: float [count, D] of each image.
+            rows: of each image: as `rows_of` gives them, or float [count, D] where all images have the same grid.
+            videos: those of clips.
             prompt, sampling, raw: as of `ask`.
 
         Returns:
@@ -249,44 +329,66 @@ class Session:
         """
         self._check_open()
         check_sampling(sampling)
-        text = self._text(prompt, len(rows), raw)
+        text = self._text(prompt, len(rows), len(videos), raw)
         self.decoder  # noqa: B018  loading it is no stage of an answer
-        return self._answer(text, rows, sampling, _Stages(preprocess=0.0, vision=0.0), None)
+        return self._answer(text, rows, videos, sampling, _Stages(preprocess=0.0, vision=0.0), None)
 
-    def _text(self, prompt: str, images: int, raw: bool) -> str:
+    def _text(self, prompt: str, images: int, videos: int, raw: bool) -> str:
         if raw and not prompt.strip():
             raise PromptError("the prompt is empty.")
-        return prompt if raw else self.encoder.text_from_question(prompt, images=images)
+        return prompt if raw else self.encoder.text_from_question(prompt, images=images, videos=videos)
 
-    def _check_prompt(self, text: str, images: int) -> None:
-        """Refuse a prompt that could not be stitched even if a single token of each image were kept."""
-        fewest = np.zeros((1, self.encoder.decoder.width), dtype=np.float32)
-        stitch(self.encoder, text, [fewest] * images, max_new_tokens=1)
-
-    def _prepared(self, images: Sequence[ImageSource], budget: int | None, quota: Sequence[int] | None) -> _Prepared:
+    def _prepared(
+        self, groups: Sequence[Media], budget: int | None, quota: Sequence[int] | None, spread: Spread
+    ) -> PreparedMedia:
         self._check_open()
-        budget = chosen_budget(budget, quota, self._runner.tokens, self.default_budget)
-        quota_array(quota, budget, len(images))
-        began = perf_counter()
-        pixels = pixels_from_images(images, self.bundle.manifest.plan.model.image)
-        return _Prepared(pixels, budget, quota, perf_counter() - began)
+        return media_from_groups(groups, self.bundle.manifest.plan, budget, quota, spread)
 
-    def _see(self, prepared: _Prepared, *, saliency: bool) -> tuple[VisualTokens, _Stages]:
+    def _see(self, prepared: PreparedMedia) -> tuple[list[ImageRows], _Stages]:
+        """The rows of each image and clip, in the order of the prompts."""
         began = perf_counter()
-        visual = self._runner.run(prepared.pixels, prepared.budget, prepared.quota, saliency=saliency)
-        return visual, _Stages(preprocess=prepared.seconds, vision=perf_counter() - began)
+        found: dict[int, ImageRows] = {}
+        for batch in prepared.batches:
+            visual = self._run(batch, prepared.spread, saliency=False)
+            for index, owner in enumerate(batch.owners):
+                found[owner] = visual.of_image(index, batch.pixels)
+        stages = _Stages(preprocess=prepared.seconds, vision=perf_counter() - began)
+        return [found[index] for index in sorted(found)], stages
+
+    def _run(self, batch: MediaBatch, spread: Spread, *, saliency: bool) -> VisualTokens:
+        runner, budget = self._runner(batch.part), max(batch.quota)
+        if not batch.pixels.layouts:
+            return runner.run(batch.pixels, min(budget, runner.tokens), batch.quota, saliency=saliency)
+        return runner.run(batch.pixels, min(budget, runner.tokens), batch.quota, saliency=saliency, spread=spread)
+
+    def _runner(self, part: Part) -> Runner:
+        if part not in self._runners:
+            if self._make_runner is None:
+                raise UsageError(f"this session was put together without a runner for {part}s.")
+            self._runners[part] = self._make_runner(self.bundle.of_part(part))
+        return self._runners[part]
 
     def _answer(
         self,
         text: str,
-        rows: Sequence[FloatArray],
+        rows: Sequence[FloatArray | ImageRows],
+        videos: Sequence[ImageRows],
         sampling: SamplingSettings,
         stages: _Stages,
         on_text: Callable[[str], None] | None,
     ) -> Generation:
         began = perf_counter()
-        prompt = stitch(self.encoder, text, rows, max_new_tokens=1)
-        sampling = _within_context(sampling, self.encoder.decoder.context - len(prompt))
+        prompt = stitch(
+            self.encoder,
+            text,
+            rows,
+            videos,
+            newline=self.newline,
+            start_counts=self.bundle.manifest.plan.start_counts,
+            max_new_tokens=1,
+        )
+        used = max(len(prompt), prompt.next_position or 0)
+        sampling = _within_context(sampling, self.encoder.decoder.context - used)
         stitched = perf_counter()
         answer = _decoded(self.decoder, prompt, sampling, TextStream(self.encoder.tokenizer, sampling.stop), on_text)
         ended = perf_counter()
@@ -309,7 +411,8 @@ class Session:
     def close(self) -> None:
         """Release the engines, those given to `open` as well. A closed session answers no more."""
         self._closed = True
-        self._runner.close()
+        for runner in self._runners.values():
+            runner.close()
         if self._decoder is not None:
             self._decoder.close()
             self._decoder = None

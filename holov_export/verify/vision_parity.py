@@ -7,25 +7,26 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from holov_export.bundle import Bundle
 from holov_export.extras import is_installed
 from holov_export.policies import FeatureSource
-from holov_export.runtime.preprocess import pixels_from_images
+from holov_export.runtime.runner import joined
 from holov_export.runtime.runner_ort import OrtRunner
 from holov_export.spec import Precision
 from holov_export.tensors import FloatArray, PixelBatch, VisualTokens
 from holov_export.verify.backends import (
     CPU_PRECISIONS,
-    TransformersVision,
+    as_looked_at,
     features_from_torch,
     gathered,
     tokens_from_reference,
     tokens_from_torch,
 )
 from holov_export.verify.parity import TOLERANCES, Comparison, ParityReport, compare
+from holov_export.verify.pictures import pixels_for
+from holov_export.verify.transformers_vision import transformers_vision
 
 Pictures = Sequence[tuple[str, Image.Image]]
 Case = tuple[PixelBatch, int, list[int]]
@@ -36,7 +37,7 @@ def parity_report(
     pictures: Pictures,
     *,
     checkpoint: Path | None,
-    budgets: Sequence[int],
+    budgets: Sequence[int] = (),
     with_transformers: bool,
     tell: Callable[[str], None] = lambda message: None,
 ) -> ParityReport:
@@ -48,7 +49,7 @@ def parity_report(
     Args:
         bundle: its vision graph is run by ONNX Runtime on the CPU.
         checkpoint: directory of the weights; None compares with the reference loops only.
-        budgets: K of each run; quotas are mixed inside a batch.
+        budgets: K of each run; quotas are mixed inside a batch. () for one, a ninth of the tokens, and all.
     """
     plan = bundle.manifest.plan
     skipped: list[str] = []
@@ -92,8 +93,9 @@ def parity_report(
 
 def _cases(bundle: Bundle, pictures: Pictures, budgets: Sequence[int]) -> Iterator[Case]:
     """One batch of all pictures for each budget; the quotas fall from K to K/2 over the batch."""
-    pixels = pixels_from_images([picture for _, picture in pictures], bundle.manifest.plan.model.image)
-    for budget in budgets:
+    pixels = pixels_for(bundle.manifest.plan, [picture for _, picture in pictures])
+    tokens = max((layout.tokens for layout in pixels.layouts), default=bundle.manifest.plan.tokens)
+    for budget in budgets or sorted({1, max(1, tokens // 9), tokens}):
         steps = max(len(pictures) - 1, 1)
         yield pixels, budget, [max(1, budget - index * budget // (2 * steps)) for index in range(len(pictures))]
 
@@ -130,36 +132,30 @@ def _in_small_batches(run: Callable[[PixelBatch, int, list[int]], VisualTokens],
     parts = []
     for start in range(0, len(pixels), 2):
         few = slice(start, start + 2)
-        part = PixelBatch(pixels.pixel_values[few], pixels.boxes[few], pixels.sizes[few])
-        parts.append(run(part, budget, quota[few]))
-    saliency = [part.saliency for part in parts if part.saliency is not None]
-    return VisualTokens(
-        np.concatenate([part.tokens for part in parts]),
-        np.concatenate([part.positions for part in parts]),
-        np.concatenate([part.counts for part in parts]),
-        np.concatenate(saliency) if saliency else None,
-    )
+        parts.append(run(pixels.part(start, start + 2), budget, quota[few]))
+    return joined(parts)
 
 
 def _run_torch(bundle: Bundle, checkpoint: Path, cases: Sequence[Case]) -> tuple[list[VisualTokens], FloatArray | None]:
     """(results, features [B, N, ..] for a rule that reads any)."""
-    from holov_export.vision.clip import forget_weights, vision_from_checkpoint
+    from holov_export.vision.families import vision_from_plan
+    from holov_export.vision.loading import forget_weights
     from holov_export.vision.weights import SafetensorsReader
 
     plan = bundle.manifest.plan
     with SafetensorsReader(checkpoint) as reader:
-        module = vision_from_checkpoint(plan.model, plan.policy, reader, Precision.FP32, plan.cuts)
-    run = partial(tokens_from_torch, module)
+        module = vision_from_plan(plan, reader, Precision.FP32)
+    run = partial(tokens_from_torch, module, plan)
     results = [_in_small_batches(run, case) for case in cases]
     features = None
     if plan.policy.features is not FeatureSource.NONE:
-        features = features_from_torch(module, cases[0][0])
+        features = features_from_torch(module, plan, cases[0][0])
     forget_weights(module)
     return results, features
 
 
 def _run_transformers(bundle: Bundle, checkpoint: Path, cases: Sequence[Case]) -> list[VisualTokens]:
-    tower = TransformersVision(checkpoint, bundle.manifest.plan.model)
+    tower = transformers_vision(checkpoint, bundle.manifest.plan)
     results = [tower.run(cases[0][0])] * len(cases)  # all tokens, whatever the budget
     tower.close()
     return results
@@ -180,23 +176,23 @@ def _compare_case(
 ) -> Iterator[Comparison]:
     """Each back end with the next simpler one: graph, torch, reference, transformers."""
     plan = bundle.manifest.plan
-    _, budget, quota = case
+    pixels, budget, quota = case
     exact = TOLERANCES[Precision.FP32]
     one_cut = len(plan.cuts) <= 1
     if plan.policy.features is FeatureSource.NONE and one_cut:
-        reference = tokens_from_reference(plan, ort_side, budget, quota)
+        reference = tokens_from_reference(plan, pixels, ort_side, budget, quota)
         yield compare(ort_side, reference, names=(graph, "reference"), budget=budget, tolerance=exact, ordered=True)
     if torch_side is None:
         return
     names = (graph, "torch fp32")
     yield compare(ort_side, torch_side, names=names, budget=budget, tolerance=TOLERANCES[plan.precision])
     if features is not None and one_cut:
-        reference = tokens_from_reference(plan, torch_side, budget, quota, features)
+        reference = tokens_from_reference(plan, pixels, torch_side, budget, quota, features)
         names = ("torch fp32", "reference")
         yield compare(torch_side, reference, names=names, budget=budget, tolerance=exact, ordered=True)
     if transformers_side is not None:
         kept = torch_side
         if plan.policy.features is FeatureSource.NONE:
-            kept = tokens_from_reference(plan, transformers_side, budget, quota)
-        theirs = gathered(transformers_side, kept)
+            kept = tokens_from_reference(plan, pixels, transformers_side, budget, quota)
+        theirs = gathered(as_looked_at(plan, pixels, transformers_side, quota), kept)
         yield compare(torch_side, theirs, names=("torch fp32", "transformers"), budget=budget, tolerance=exact)

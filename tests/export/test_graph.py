@@ -16,8 +16,9 @@ from graphs import FORBIDDEN, ancestors_until, bodies, shape_values, sources_of
 from noisy import noisy_copy
 from onnx import TensorProto, helper
 
+from holov_export.bundle import graph_tensors
 from holov_export.errors import HolovExportError
-from holov_export.export.onnx_from_graph import graph_tensors, onnx_from_graph, save_vision, signature_of
+from holov_export.export.onnx_from_graph import onnx_from_graph, save_vision
 from holov_export.policies import POLICIES, FeatureSource, policy_from_settings
 from holov_export.selection.reference import positions_of
 from holov_export.spec import OPSETS, CheckpointSource, ExportPlan, ModelSpec, Precision
@@ -172,7 +173,7 @@ def test_fp16_keeps_what_fp32_keeps(export: Export) -> None:
 
 def test_names_shapes_and_types_are_the_signature(graph: Exported) -> None:
     types = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.INT64: "int64"}
-    inputs, outputs = signature_of(graph.plan)
+    inputs, outputs = graph.plan.signature
     for values, specs in ((graph.model.graph.input, inputs), (graph.model.graph.output, outputs)):
         assert [value.name for value in values] == [spec.name for spec in specs]
         for value, spec in zip(values, graph_tensors(specs), strict=True):

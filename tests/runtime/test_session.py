@@ -256,7 +256,7 @@ def test_refusals_pass_through(toy_bundle: Bundle, photographs: list[Image.Image
 def test_a_wrong_request_loads_no_decoder(toy_bundle: Bundle, photographs: list[Image.Image], tmp_path: Path) -> None:
     """Loading takes gigabytes and minutes; a typing error in a file name must not cost them."""
     opened = Session.open(toy_bundle, decoder="none", provider="cpu", threads=1)
-    session = Session(toy_bundle, opened._runner, lambda: pytest.fail("it loaded the decoder"))
+    session = Session(toy_bundle, opened._runners["image"], lambda: pytest.fail("it loaded the decoder"))
     photo = photographs[0]
     (tmp_path / "no.png").write_bytes(b"text")
     with pytest.raises(ImageError, match="does not exist"):
@@ -286,9 +286,9 @@ def test_the_decoder_is_loaded_before_the_vision_graph_runs_and_outside_the_timi
         time.sleep(2)
         return decoder
 
-    run = opened._runner.run
-    monkeypatch.setattr(opened._runner, "run", lambda *a, **k: events.append("vision") or run(*a, **k))
-    answer = Session(toy_bundle, opened._runner, load).ask(photographs[0], "a?")
+    run = opened._runners["image"].run
+    monkeypatch.setattr(opened._runners["image"], "run", lambda *a, **k: events.append("vision") or run(*a, **k))
+    answer = Session(toy_bundle, opened._runners["image"], load).ask(photographs[0], "a?")
     assert events == ["decoder", "vision"]
     assert answer.timings.total < 2
 
@@ -316,7 +316,7 @@ def test_a_closed_session_loads_nothing(toy_bundle: Bundle, photographs: list[Im
 
 
 def test_open_refuses(toy_bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown decoder 'gpt'.*genai, hf, none"):
+    with pytest.raises(UnknownNameError, match=r"unknown decoder 'gpt'.*auto, genai, ort, hf, none"):
         Session.open(toy_bundle, decoder="gpt")
     with pytest.raises(UsageError, match="needs the checkpoint"):
         Session.open(toy_bundle, decoder="hf")

@@ -1,0 +1,124 @@
+"""Images and clips of several prompts become batches for the vision graphs that see them, each with its quota."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal
+
+from holov_export.errors import ImageError, UnknownNameError, UsageError
+from holov_export.runtime.packing import SPREADS, Spread
+from holov_export.runtime.preprocess import ImageSource, pixels_from_pictures
+from holov_export.runtime.preprocess_video import VideoSource, joined_batches, pixels_from_videos
+from holov_export.runtime.runner import chosen_budget, default_budget, default_quotas, quota_array
+from holov_export.spec import ExportPlan
+from holov_export.tensors import PixelBatch
+
+Part = Literal["image", "video"]
+
+
+@dataclass(frozen=True)
+class Media:
+    """What one prompt is about, in the order of its placeholders: its images and its clips."""
+
+    images: Sequence[ImageSource]
+    videos: Sequence[VideoSource] = ()
+
+
+@dataclass(frozen=True)
+class MediaBatch:
+    """Images and clips that go into one vision graph together.
+
+    Attributes:
+        part: the graph that sees them.
+        owners: of each of them its index among the images and clips of all prompts.
+        quota: tokens of each of them.
+    """
+
+    part: Part
+    pixels: PixelBatch
+    owners: tuple[int, ...]
+    quota: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PreparedMedia:
+    """What can go into the vision graphs, and how many seconds preprocessing it took."""
+
+    batches: tuple[MediaBatch, ...]
+    spread: Spread
+    seconds: float
+
+
+def media_from_groups(
+    groups: Sequence[Media], plan: ExportPlan, budget: int | None, quota: Sequence[int] | None, spread: Spread
+) -> PreparedMedia:
+    """Preprocess the images and clips of all prompts.
+
+    Args:
+        budget, quota, spread: as of `Session.ask`; quotas in the order of the prompts, a prompt's images first.
+
+    Raises:
+        BudgetError: a budget or quota outside its range.
+        ImageError: an image or clip is refused, or there is none.
+        UsageError: the model takes no clips, or an unknown spread.
+    """
+    if spread not in SPREADS:
+        raise UnknownNameError(f"unknown spread '{spread}'.", hint=f"Known: {', '.join(SPREADS)}.")
+    kinds: list[Part] = []
+    for group in groups:
+        kinds.extend("image" for _ in group.images)
+        kinds.extend("video" for _ in group.videos)
+    if not kinds:
+        raise ImageError("there is no image.")
+    check_videos(kinds.count("video"), plan)
+    if budget is not None or quota is not None:
+        largest = max(plan.of_part(part).tokens for part in plan.parts)
+        budget = chosen_budget(budget, quota, largest, default_budget(plan))
+        quota = quota_array(quota, budget, len(kinds)).tolist()
+    began = perf_counter()
+    batches = _batches(groups, kinds, plan, quota)
+    return PreparedMedia(batches, spread, perf_counter() - began)
+
+
+def check_videos(videos: int, plan: ExportPlan) -> None:
+    """Refuse clips for a model that takes none.
+
+    Raises:
+        UsageError: it takes none.
+    """
+    if videos and plan.model.video.kind == "none":
+        raise UsageError(f"'{plan.model.name}' takes no videos.", hint="Give single frames as images.")
+
+
+def _batches(
+    groups: Sequence[Media], kinds: Sequence[Part], plan: ExportPlan, quota: Sequence[int] | None
+) -> tuple[MediaBatch, ...]:
+    """One batch for each graph that has something to see."""
+    images = [image for group in groups for image in group.images]
+    videos = [video for group in groups for video in group.videos]
+    of_images = tuple(index for index, kind in enumerate(kinds) if kind == "image")
+    of_videos = tuple(index for index, kind in enumerate(kinds) if kind == "video")
+    made: list[tuple[Part, PixelBatch, tuple[int, ...]]] = []
+    if images:
+        made.append(("image", pixels_from_pictures(images, plan.model), of_images))
+    if videos:
+        pixels = pixels_from_videos(videos, plan.model)
+        if images and len(plan.parts) == 1:
+            made = [("image", joined_batches(made[0][1], pixels), (*of_images, *of_videos))]
+        else:
+            made.append((plan.parts[-1], pixels, of_videos))
+    return tuple(
+        MediaBatch(part, pixels, owners, _quotas(plan.of_part(part), pixels, owners, quota))
+        for part, pixels, owners in made
+    )
+
+
+def _quotas(
+    plan: ExportPlan, pixels: PixelBatch, owners: Sequence[int], quota: Sequence[int] | None
+) -> tuple[int, ...]:
+    """Of each image or clip of one batch; none is larger than what the graph's axis can hold."""
+    if quota is None:
+        return tuple(default_quotas(plan, pixels))
+    return tuple(min(quota[owner], plan.tokens) for owner in owners)
