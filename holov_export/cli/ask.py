@@ -111,7 +111,7 @@ def ask(
 ) -> None:
     """Ask a question about images, clips or both. The answer streams to stdout, timings go to stderr."""
     if not images and not videos:
-        raise click.UsageError("name what the question is about: --image or --video.")
+        raise click.UsageError("name what the question is about: an IMAGE or --video.")
     if checkpoint is not None and decoder != "hf":
         raise click.UsageError("--checkpoint is for --decoder hf only; the embedded decoder has its own weights.")
     sampling = SamplingSettings(max_new_tokens, temperature, top_k, top_p, seed, stop)

@@ -9,7 +9,7 @@ import click
 from rich.text import Text
 
 from holov_export.bundle import ENGINES, Bundle, open_bundle
-from holov_export.catalog import CATALOG
+from holov_export.catalog import CATALOG, CatalogEntry
 from holov_export.cli.compile import engine_json, print_engine
 from holov_export.cli.console import OUT, print_json, progress, size_text, table
 from holov_export.cli.export import graph_text, print_report
@@ -36,7 +36,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
     engines = [(engine, _fault(engine, opened)) for engine in engines_in(opened.folder / ENGINES)]
     if as_json:
         listed = [
-            {**engine_json(engine), "method": _method_of(engine, opened), "fault": fault and fault.message}
+            {**engine_json(engine), **_graph_json(engine, opened), "fault": fault and fault.message}
             for engine, fault in engines
         ]
         print_json({**opened.manifest.model_dump(mode="json"), "engines": listed})
@@ -48,15 +48,23 @@ def inspect(bundle: Path, as_json: bool) -> None:
             raise fault
 
 
-def _method_of(engine: Engine, bundle: Bundle) -> str | None:
-    """Which of the bundle's graphs an engine was built from; None if it was none of them."""
+def _graph_of(engine: Engine, bundle: Bundle) -> Bundle | None:
+    """The bundle with the graph that an engine was built from; None if it was none of its graphs."""
     built_from = engine.record.graph_sha256, engine.record.weights_sha256
-    return next((name for name in bundle.methods if graph_hashes(bundle.of_method(name)) == built_from), None)
+    parts = bundle.manifest.plan.parts
+    views = (bundle.of_method(name).of_part(part) for name in bundle.methods for part in parts)
+    return next((view for view in views if graph_hashes(view) == built_from), None)
+
+
+def _graph_json(engine: Engine, bundle: Bundle) -> dict[str, str | None]:
+    """Rule and part of the graph that an engine was built from."""
+    graph = _graph_of(engine, bundle)
+    return {"method": None, "part": None} if graph is None else {"method": graph.method, "part": graph.part}
 
 
 def _fault(engine: Engine, bundle: Bundle) -> HolovExportError | None:
     """What is wrong with an engine on any machine: built from another graph, or its plan is missing or changed."""
-    graph, weights = graph_hashes(bundle.of_method(_method_of(engine, bundle) or bundle.method))
+    graph, weights = graph_hashes(_graph_of(engine, bundle) or bundle)
     try:
         check_graph(engine.record, graph_sha256=graph, weights_sha256=weights)
         check_plan(engine)
@@ -92,7 +100,9 @@ def _print_bundle(bundle: Bundle) -> None:
 def _print_engines(engines: list[tuple[Engine, HolovExportError | None]], bundle: Bundle) -> None:
     for engine, fault in engines:
         OUT.print()
-        print_engine(engine, _method_of(engine, bundle) if len(bundle.methods) > 1 else None)
+        graph = _graph_of(engine, bundle)
+        several = len(bundle.methods) > 1 or len(bundle.manifest.plan.parts) > 1
+        print_engine(engine, graph if several else None)
         if fault is not None:
             OUT.print(Text(fault.message, "red"), soft_wrap=True)
 
@@ -120,7 +130,9 @@ def verify(
     if not pictures:
         raise ImageError("no picture to compare on.", hint="Name some with --image.")
     folder = checkpoint_of(opened, checkpoint)
-    views = [opened] if method is not None else [opened.of_method(name) for name in opened.methods]
+    names = [opened.method] if method is not None else opened.methods
+    parts = opened.manifest.plan.parts
+    views = [opened.of_method(name).of_part(part) for part in parts for name in names]
     with progress() as tell:
         reports = [
             verify_bundle(
@@ -161,14 +173,32 @@ def doctor(as_json: bool) -> None:
 @click.command()
 @json_option
 def models(as_json: bool) -> None:
-    """List the models known by name."""
+    """List the models known by name. Tokens are those of one picture; some models take videos as well."""
     if as_json:
         print_json([vars(entry) for entry in CATALOG.values()])
         return
-    made = table("name", "parameters>", "tokens>", "repository", "note")
+    made = table("name", "tokens>", "videos", "what it is")
     for entry in CATALOG.values():
-        made.add_row(entry.name, entry.parameters, str(entry.tokens), entry.repository or "in the package", entry.note)
+        made.add_row(
+            Text.assemble(f"{entry.name}\n", (f"{entry.family}, {entry.parameters}", "dim")),
+            _tokens_text(entry),
+            "yes" if entry.videos else "no",
+            Text.assemble(f"{entry.note}\n", (_origin_text(entry), "dim")),
+        )
     OUT.print(made)
+
+
+def _tokens_text(entry: CatalogEntry) -> str:
+    """Tokens of a picture: "576", "up to 2880", "4-16384"."""
+    if not entry.varies:
+        return str(entry.tokens)
+    return f"up to {entry.tokens}" if entry.fewest is None else f"{entry.fewest}-{entry.tokens}"
+
+
+def _origin_text(entry: CatalogEntry) -> str:
+    if not entry.repository:
+        return "in the package"
+    return entry.repository if entry.revision else f"{entry.repository}, not pinned"
 
 
 @click.command()

@@ -1,180 +1,196 @@
-"""Draw what a selection kept: the photograph with kept tokens lit, pruned ones dimmed, crop borders and quotas."""
+"""Draw what a selection kept: the picture with kept tokens lit, pruned ones dimmed, crop borders and quotas.
+
+A picture has its panels side by side, a clip its contact sheets one below the other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from holov_export.bundle import Bundle
-from holov_export.errors import UsageError
-from holov_export.policies import CropLayout, FeatureSource, SelectionPolicy, policy_from_settings
-from holov_export.runtime.preprocess import image_from, pixels_from_images
-from holov_export.runtime.runner import Runner, checked_budget
-from holov_export.selection.geometry import crops_of_grid
-from holov_export.selection.reference import positions_of
-from holov_export.tensors import CropBox, Int64Array
+from holov_export.tensors import Int64Array
+from holov_export.verify.panels import Panel, Subject, View
 
 #: share of a pruned token's brightness that is left
 _DIM = 0.22
 _BORDER = (255, 176, 0)
+_TEXT = (235, 235, 235)
+_BACKGROUND = (24, 24, 24)
 _CAPTION = 30
 _GAP = 12
+#: between pictures of several views beside each other
+_WIDE_GAP = 36
 _FONT = 15
+#: of the captions of single views
+_VIEW_CAPTION = 22
+_VIEW_FONT = 13
+#: of the counts in frames of a clip
+_FRAME_FONT = 11
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One rule's result on one picture.
+class _Cell:
+    """A view as it is drawn; without a caption for the only one of a picture."""
 
-    Attributes:
-        method: name of the graph or rule. policy: the rule.
-        positions: kept, without padding and without CLS. zero_rows: rows that the rule filled with zeros.
-        cls: the CLS token is kept as well.
-    """
-
-    method: str
-    policy: SelectionPolicy
-    positions: Int64Array
-    zero_rows: int
-    cls: bool = False
+    caption: str
+    image: Image.Image | None
 
 
-def panels_from_bundle(
-    bundle: Bundle,
-    open_runner: Callable[[Bundle], Runner],
-    source: str | Path,
-    budget: int,
-    methods: Sequence[str],
-) -> tuple[Image.Image, CropBox, list[Panel]]:
-    """Run the bundle's graphs on a picture; rules that it does not hold decide from the same saliency.
+@dataclass(frozen=True)
+class _Block:
+    """All views once: as they are, or with what one rule keeps."""
 
-    Args:
-        open_runner: makes the runner of one of the bundle's graphs.
-        budget: K. methods: names of graphs, or of rules that read no features.
-
-    Returns:
-        (upright picture, the part of it that the tower sees, one panel a method).
-
-    Raises:
-        UsageError: a method that the bundle has no graph for and that reads features.
-    """
-    model = bundle.manifest.plan.model
-    picture = image_from(source)
-    pixels = pixels_from_images([picture], model.image)
-    budget = checked_budget(budget, model.vision.tokens)
-    panels, saliency = [], None
-    for method in methods:
-        if method in bundle.methods:
-            view = bundle.of_method(method)
-            with open_runner(view) as runner:
-                seen = runner.run(pixels, budget, saliency=True)
-            policy, kept = view.manifest.plan.policy, seen.positions[0, : int(seen.counts[0])]
-            if "@" not in method and seen.saliency is not None:
-                saliency = seen.saliency[0]  # the same in every graph that cuts at the usual place
-        else:
-            policy = policy_from_settings(method)
-            if policy.features is not FeatureSource.NONE:
-                raise UsageError(
-                    f"'{method}' reads features that this bundle does not give.",
-                    hint=f"Export the bundle with --method {','.join([*bundle.methods, method])}.",
-                )
-            if saliency is None:
-                plain = next((name for name in bundle.methods if "@" not in name), bundle.method)
-                with open_runner(bundle.of_method(plain)) as runner:
-                    seen = runner.run(pixels, budget, saliency=True)
-                assert seen.saliency is not None
-                saliency = seen.saliency[0]
-            kept = positions_of(policy, saliency, budget, model.vision.grid)
-        patches = kept[(kept >= 0) & (kept < model.vision.tokens)]
-        whole = bool((kept == model.vision.tokens).any())
-        panels.append(Panel(method, policy, patches, int((kept < 0).sum()), whole))
-    return picture, pixels.boxes[0], panels
+    caption: str
+    cells: list[_Cell]
 
 
-def picture_of_panels(
-    picture: Image.Image, box: CropBox, panels: Sequence[Panel], grid: tuple[int, int], *, side: int = 480
-) -> Image.Image:
-    """The part of the picture that the tower sees, plain and then once for each rule, with captions.
-
-    Args:
-        picture: upright RGB. box: the part that the tower sees. grid: (rows, columns) of tokens.
-        side: pixels of the longer side of a panel.
-
-    Returns:
-        the panels side by side.
-    """
-    seen = _seen_part(picture, box, side)
-    total = grid[0] * grid[1]
-    drawn = [(f"what the tower sees: {total} tokens", seen)]
-    for panel in panels:
-        zeros = f", {panel.zero_rows} zero rows" if panel.zero_rows else ", and CLS" if panel.cls else ""
-        caption = f"{panel.method}: {len(panel.positions)} of {total}{zeros}"
-        drawn.append((caption, _lit(seen, panel, grid)))
-    canvas = Image.new("RGB", (len(drawn) * (seen.width + _GAP) - _GAP, seen.height + _CAPTION), (24, 24, 24))
-    for index, (caption, image) in enumerate(drawn):
-        left = index * (seen.width + _GAP)
-        canvas.paste(image, (left, _CAPTION))
-        ImageDraw.Draw(canvas).text((left + 4, 6), caption, fill=(235, 235, 235), font=_font())
+def picture_of_panels(subject: Subject, panels: Sequence[Panel]) -> Image.Image:
+    """What the tower sees, plain and then once for each rule, with captions."""
+    blocks = [_plain(subject), *(_of_panel(subject, panel) for panel in panels)]
+    columns = _columns(subject)
+    cell = _cell_size(blocks, fit=subject.packed)
+    size = _block_size(blocks, columns, cell, fit=subject.packed)
+    gap = _GAP if columns == 1 else _WIDE_GAP
+    step = (0, size[1] + gap) if subject.clip else (size[0] + gap, 0)
+    last = len(blocks) - 1
+    canvas = Image.new("RGB", (size[0] + last * step[0], size[1] + last * step[1]), _BACKGROUND)
+    for number, block in enumerate(blocks):
+        _draw_block(canvas, block, (number * step[0], number * step[1]), columns, cell)
     return canvas
 
 
-def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(_FONT)
+def _plain(subject: Subject) -> _Block:
+    count = len(subject.views)
+    views = f" in {count} {subject.unit}{'' if count == 1 else 's'}" if subject.clip else ""
+    cells = [_Cell(_caption(view, f"{view.region.tokens} tokens"), view.seen) for view in subject.views]
+    return _Block(f"what the tower sees: {subject.tokens} tokens{views}", cells)
 
 
-def _seen_part(picture: Image.Image, box: CropBox, side: int) -> Image.Image:
-    """Cut the box out of the picture (black where it passes the border), its longer side `side` pixels."""
-    width, height = box.right - box.left, box.bottom - box.top
-    scale = side / max(width, height)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return picture.transform(
-        size, Image.Transform.EXTENT, (box.left, box.top, box.right, box.bottom), Image.Resampling.BICUBIC
-    )
+def _of_panel(subject: Subject, panel: Panel) -> _Block:
+    kept = np.zeros(subject.tokens, dtype=np.bool_)
+    kept[panel.positions] = True
+    zeros = f", {panel.zero_rows} zero rows" if panel.zero_rows else ""
+    beside = f", and {panel.beside}" if panel.beside else ""
+    spread = {"frames": ", shared equally by the frames", "clip": ", wherever in the clip", None: ""}[panel.spread]
+    cells, start = [], 0
+    for view in subject.views:
+        few = slice(start, start + view.region.tokens)
+        cells.append(_lit_cell(subject, view, kept[few], None if panel.crops is None else panel.crops[few]))
+        start = few.stop
+    caption = f"{panel.method}: {len(panel.positions)} of {subject.tokens}{zeros}{beside}{spread}"
+    return _Block(caption, cells)
 
 
-def _lit(seen: Image.Image, panel: Panel, grid: tuple[int, int]) -> Image.Image:
-    rows, columns = grid
-    kept = np.zeros(rows * columns, dtype=np.uint8)
-    kept[panel.positions] = 255
-    mask = Image.fromarray(kept.reshape(grid)).resize(seen.size, Image.Resampling.NEAREST)
-    grey = seen.convert("L").convert("RGB").point(lambda level: int(level * _DIM))
-    lit = Image.composite(seen, grey, mask)
-    layout = _layout_of(panel.policy)
-    if layout is not None:
-        _draw_crops(lit, panel, grid, layout)
-    return lit
+def _lit_cell(subject: Subject, view: View, kept: npt.NDArray[np.bool_], crops: Int64Array | None) -> _Cell:
+    region = view.region
+    with_cls = ", with CLS" if region.cls and bool(kept[0]) else ""
+    caption = _caption(view, f"{int(kept.sum())} of {region.tokens}{with_cls}")
+    if view.seen is None:
+        return _Cell(caption, None)
+    first = int(region.cls)
+    mask = Image.fromarray(kept[first:].reshape(region.grid).astype(np.uint8) * 255)
+    mask = mask.resize(view.seen.size, Image.Resampling.NEAREST)
+    grey = view.seen.convert("L").convert("RGB").point(lambda level: int(level * _DIM))
+    lit = Image.composite(view.seen, grey, mask)
+    if crops is not None:
+        _draw_borders(lit, crops[first:].reshape(region.grid))
+        _draw_counts(lit, kept, crops, subject, view)
+    return _Cell(caption, lit)
 
 
-def _layout_of(policy: SelectionPolicy) -> CropLayout | None:
-    """The layout of a rule's crops; None for rules without crops."""
-    if "crops" not in type(policy).model_fields:
-        return None
-    return getattr(policy, "layout", CropLayout.STRIPS)
+def _caption(view: View, said: str) -> str:
+    return f"{view.name}: {said if view.region.tokens else 'no tokens'}" if view.name else ""
 
 
-def _draw_crops(lit: Image.Image, panel: Panel, grid: tuple[int, int], layout: CropLayout) -> None:
-    """Border lines between tokens of different crops, and each crop's count at its first token."""
-    rows, columns = grid
+def _draw_borders(lit: Image.Image, crops: Int64Array) -> None:
+    """Lines between tokens [rows, columns] of different crops."""
+    rows, columns = crops.shape
     draw = ImageDraw.Draw(lit)
-    crops = crops_of_grid(grid, int(getattr(panel.policy, "crops", 1)), layout)
-    of_token = np.empty(rows * columns, dtype=np.int64)
-    for index, crop in enumerate(crops):
-        of_token[crop] = index
-    square = of_token.reshape(grid)
     step_x, step_y = lit.width / columns, lit.height / rows
     for row in range(rows):
         for column in range(columns):
             x, y = column * step_x, row * step_y
-            if column + 1 < columns and square[row, column] != square[row, column + 1]:
+            if column + 1 < columns and crops[row, column] != crops[row, column + 1]:
                 draw.line([(x + step_x, y), (x + step_x, y + step_y)], fill=_BORDER, width=1)
-            if row + 1 < rows and square[row, column] != square[row + 1, column]:
+            if row + 1 < rows and crops[row, column] != crops[row + 1, column]:
                 draw.line([(x, y + step_y), (x + step_x, y + step_y)], fill=_BORDER, width=1)
-    kept = np.isin(np.arange(rows * columns), panel.positions)
-    for crop in crops:
-        row, column = divmod(int(crop[0]), columns)
-        where = (column * step_x + 3, row * step_y + 1)
-        draw.text(where, str(int(kept[crop].sum())), fill=_BORDER, font=_font(), stroke_width=2, stroke_fill=(0, 0, 0))
+
+
+def _draw_counts(
+    lit: Image.Image, kept: npt.NDArray[np.bool_], crops: Int64Array, subject: Subject, view: View
+) -> None:
+    """What each crop keeps in this view, at its first token; but for squares only if there is room."""
+    size = _FRAME_FONT if subject.clip else _FONT
+    rows, columns = view.region.grid
+    draw = ImageDraw.Draw(lit)
+    step_x, step_y = lit.width / columns, lit.height / rows
+    of_patch = crops[int(view.region.cls) :].reshape(rows, columns)
+    places = {int(crop): np.nonzero(of_patch == crop) for crop in np.unique(of_patch[of_patch >= 0])}
+    if subject.packed and places:
+        width = np.mean([np.ptp(across) + 1 for _, across in places.values()]) * step_x
+        height = np.mean([np.ptp(down) + 1 for down, _ in places.values()]) * step_y
+        if width < 1.2 * size or height < size:
+            return
+    for crop, (down, across) in places.items():
+        where = (int(across[0]) * step_x + 3, int(down[0]) * step_y + 1)
+        count = str(int(kept[crops == crop].sum()))
+        draw.text(where, count, fill=_BORDER, font=_font(size), stroke_width=2, stroke_fill=(0, 0, 0))
+
+
+def _columns(subject: Subject) -> int:
+    """Views beside each other."""
+    count, first = len(subject.views), subject.views[0].seen
+    if subject.clip:
+        return math.ceil(count / max(1, round(math.sqrt(count / 2))))
+    return count if first is not None and first.height > first.width else 1
+
+
+def _cell_size(blocks: Sequence[_Block], *, fit: bool) -> tuple[int, int]:
+    """(width, height) of a view with its caption.
+
+    Args:
+        fit: as wide as the captions, too.
+    """
+    cells = [cell for block in blocks for cell in block.cells]
+    images = [cell.image for cell in cells if cell.image is not None]
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    if fit:
+        width = max(width, *(_text_width(cell.caption, _VIEW_FONT) for cell in cells))
+    return width, height + (_VIEW_CAPTION if cells[0].caption else 0)
+
+
+def _block_size(blocks: Sequence[_Block], columns: int, cell: tuple[int, int], *, fit: bool) -> tuple[int, int]:
+    rows = math.ceil(len(blocks[0].cells) / columns)
+    width, height = (count * (size + _GAP) - _GAP for count, size in zip((columns, rows), cell, strict=True))
+    if fit:
+        width = max(width, *(_text_width(block.caption, _FONT) for block in blocks))
+    return width, height + _CAPTION
+
+
+def _draw_block(
+    canvas: Image.Image, block: _Block, corner: tuple[int, int], columns: int, cell: tuple[int, int]
+) -> None:
+    draw = ImageDraw.Draw(canvas)
+    for number, item in enumerate(block.cells):
+        row, column = divmod(number, columns)
+        left, top = corner[0] + column * (cell[0] + _GAP), corner[1] + _CAPTION + row * (cell[1] + _GAP)
+        if item.caption:
+            draw.text((left + 4, top + 2), item.caption, fill=_TEXT, font=_font(_VIEW_FONT))
+            top += _VIEW_CAPTION
+        if item.image is not None:
+            canvas.paste(item.image, (left, top))
+    draw.text((corner[0] + 4, corner[1] + 6), block.caption, fill=_TEXT, font=_font(_FONT))
+
+
+def _text_width(text: str, size: int) -> int:
+    """Pixels of a line with its margins."""
+    return math.ceil(_font(size).getlength(text)) + 8
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
