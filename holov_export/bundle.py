@@ -158,6 +158,18 @@ class Bundle:
             raise UsageError(f"'{self.manifest.plan.model.name}' has no vision graph for {part}s alone.")
         return self._view(self.manifest.plan.of_part(part))
 
+    @property
+    def views(self) -> tuple[Bundle, ...]:
+        """The bundle once for each of its graphs, the default one first: those of pictures, then those of clips."""
+        return tuple(
+            self.of_method(method).of_part(part) for part in self.manifest.plan.parts for method in self.methods
+        )
+
+    @property
+    def title(self) -> str:
+        """What people call this object's graph: "holov", "holov, video"."""
+        return self.method if len(self.manifest.plan.parts) == 1 else f"{self.method}, {self.part}"
+
     def _view(self, plan: ExportPlan) -> Bundle:
         inputs, outputs = (graph_tensors(side) for side in plan.signature)
         manifest = self.manifest.model_copy(update={"plan": plan, "inputs": inputs, "outputs": outputs})
@@ -185,7 +197,7 @@ def graph_tensors(specs: tuple[TensorSpec, ...]) -> tuple[GraphTensor, ...]:
 
 
 def label_of(method: str, part: str) -> str:
-    """"scope", "video", "scope-video"; empty for the default rule's graph of pictures."""
+    """ "scope", "video", "scope-video"; empty for the default rule's graph of pictures."""
     return "-".join(word for word in (method, "video" if part == "video" else "") if word)
 
 

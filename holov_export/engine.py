@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -25,7 +25,9 @@ from holov_export.spec import Precision
 from holov_export.storage import FolderKind, sha256_of
 from holov_export.versions import version_from_text
 
-SCHEMA = 1
+#: of engine.json; 2 since profiles may have further axes. Records of schema 1 are those of graphs that have none
+SCHEMA = 2
+_READABLE = (1, SCHEMA)
 RECORD = "engine.json"
 ENGINE = "vision.engine"
 LAYERS = "layers.json"
@@ -33,15 +35,68 @@ LAYERS = "layers.json"
 _KIND = FolderKind(marker=RECORD, noun="engine")
 
 
+class AxisSize(NamedTuple):
+    """How long an axis is in one run."""
+
+    name: str
+    size: int
+
+
+class AxisSizes(NamedTuple):
+    """How long all dynamic axes are in one run.
+
+    Attributes:
+        batch: B, rows of the graph's batch. budget: K.
+        further: of packed graphs, in the order of the graph's inputs; see `signature`.
+    """
+
+    batch: int
+    budget: int
+    further: tuple[AxisSize, ...] = ()
+
+    @property
+    def all(self) -> tuple[AxisSize, ...]:
+        """Every axis by its name in the signature."""
+        return (AxisSize("batch", self.batch), AxisSize("budget", self.budget), *self.further)
+
+    def of(self, axis: str) -> int:
+        """The length of an axis by its name in the signature; there must be such an axis."""
+        return next(size for name, size in self.all if name == axis)
+
+
+class AxisSpan(Frozen):
+    """Smallest, usual and largest length of a dynamic axis, which the signature has by this name."""
+
+    name: str
+    span: tuple[int, int, int]
+
+
 class ShapeProfile(Frozen):
-    """One optimisation profile: smallest, usual and largest batch and token budget. min <= opt <= max."""
+    """One optimisation profile: smallest, usual and largest length of every dynamic axis. min <= opt <= max.
+
+    Attributes:
+        batch: rows of the graph's batch: pictures; of packed graphs also clips, or frames of them.
+        budget: tokens of a row.
+        axes: further ones of packed graphs, in the order of the graph's inputs.
+    """
 
     batch: tuple[int, int, int]
     budget: tuple[int, int, int]
+    axes: tuple[AxisSpan, ...] = ()
 
-    def holds(self, batch: int, budget: int) -> bool:
-        """Whether the engine runs B = `batch` at K = `budget` in this profile."""
-        return self.batch[0] <= batch <= self.batch[2] and self.budget[0] <= budget <= self.budget[2]
+    @property
+    def corners(self) -> tuple[AxisSizes, AxisSizes, AxisSizes]:
+        """All axes at their smallest, usual and largest."""
+        smallest, usual, largest = (
+            AxisSizes(self.batch[at], self.budget[at], tuple(AxisSize(axis.name, axis.span[at]) for axis in self.axes))
+            for at in range(3)
+        )
+        return smallest, usual, largest
+
+    def holds(self, sizes: AxisSizes) -> bool:
+        """Whether the engine runs these sizes in this profile."""
+        smallest, _, largest = self.corners
+        return all(smallest.of(name) <= size <= largest.of(name) for name, size in sizes.all)
 
 
 class BuiltWith(Frozen):
@@ -120,7 +175,7 @@ def read_engine(folder: Path) -> Engine:
         raise IntegrityError(
             f"'{folder / RECORD}' does not parse: {error}", hint="Compile the engine again, or delete its folder."
         ) from error
-    if version != SCHEMA:
+    if version not in _READABLE:
         raise BundleError(
             f"the engine's record has schema {version}, this holov-export reads {SCHEMA}.",
             hint="Compile the engine again.",

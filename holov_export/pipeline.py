@@ -73,13 +73,13 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
     plan, output = plan_from_request(request)
     checkpoint = checkpoint_from_reference(reference_from_name(request.model))
     with atomic_folder(output, overwrite=request.overwrite) as work:
-        for view in _views(Bundle(work, _manifest(plan, work, hashed=False))):
-            tell(f"export the vision graph ({_words_of(view)})")
+        for view in Bundle(work, _manifest(plan, work, hashed=False)).views:
+            tell(f"export the vision graph ({plan.precision.value}, {view.title})")
             _write_vision(view, checkpoint)
         if plan.model.image.kind == "tiles":
             _write_newline(checkpoint, work)
         tell("check the graph against TensorRT's rules")
-        for view in _views(Bundle(work, _manifest(plan, work, hashed=False))):
+        for view in Bundle(work, _manifest(plan, work, hashed=False)).views:
             _write_report(readiness_of(view.vision), report_file(READINESS, view), work)
         _copy_tokenizer(checkpoint.folder, work)
         if plan.decoder is not None:
@@ -95,19 +95,6 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
     return Bundle(output, manifest), report
 
 
-def _views(bundle: Bundle) -> Iterator[Bundle]:
-    """The bundle once for each of its graphs, the default one first."""
-    for part in bundle.manifest.plan.parts:
-        for method in bundle.methods:
-            yield bundle.of_method(method).of_part(part)
-
-
-def _words_of(view: Bundle) -> str:
-    """fp32, holov, video"""
-    part = [view.part] if len(view.manifest.plan.parts) > 1 else []
-    return ", ".join([view.manifest.plan.precision.value, view.method, *part])
-
-
 def report_file(name: str, bundle: Bundle) -> str:
     """Name of a graph's report: "parity.json", "parity-scope.json"."""
     stem, ending = name.split(".")
@@ -117,9 +104,9 @@ def report_file(name: str, bundle: Bundle) -> str:
 def _verified(bundle: Bundle, checkpoint: Path, work: Path, tell: Tell) -> ParityReport:
     """Compare every graph, write its report and refuse the bundle if one differs; the default graph's report."""
     reports = []
-    for view in _views(bundle):
+    for view in bundle.views:
         if not view.is_default:
-            tell(f"compare the graph ({_words_of(view)})")
+            tell(f"compare the graph of {view.title}")
         report = verify_bundle(
             view, checkpoint, default_pictures(), with_transformers=False, with_decoder=view.is_default, tell=tell
         )
@@ -139,11 +126,13 @@ def _require_packages(request: ExportRequest) -> None:
 
 def export_and_compile(
     request: ExportRequest, target: EngineTarget, options: CompileOptions | None = None, *, tell: Tell = silent
-) -> tuple[Bundle, ParityReport | None, Engine]:
-    """Export a checkpoint and build its engine here. What would refuse the engine is asked before the export begins.
+) -> tuple[Bundle, ParityReport | None, tuple[Engine, ...]]:
+    """Export a checkpoint and build the default rule's engines here, one for each tower.
+
+    What would refuse an engine is asked before the export begins.
 
     Returns:
-        (the finished bundle, its parity report or None, the engine). If the build fails, the bundle stays.
+        (the finished bundle, its parity report or None, the engines). If a build fails, the bundle stays.
 
     Raises:
         HolovExportError: see `export_bundle` and `engine_from_bundle`.
@@ -152,10 +141,12 @@ def export_and_compile(
     machine = this_machine()
     check_gpu(target, machine.gpu)
     plan, _ = plan_from_request(request)
-    plan_from_target(plan, target, options, machine.tensorrt)
+    for part in plan.parts:
+        plan_from_target(plan.of_part(part), target, options, machine.tensorrt)
     bundle, report = export_bundle(request, tell=tell)
     tell(f"the bundle is written: {bundle.folder}")
-    return bundle, report, engine_from_bundle(bundle, target, options, tell=tell)
+    views = [bundle.of_part(part) for part in plan.parts]
+    return bundle, report, tuple(engine_from_bundle(view, target, options, tell=tell) for view in views)
 
 
 def verify_bundle(

@@ -1,9 +1,12 @@
-"""Bundles around graphs that the compile tests have exported, and engines that nobody built."""
+"""Bundles around graphs that the compile tests have exported, one of each family, and engines that nobody built."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+
+import pytest
+from family_checkpoints import write_family
 
 from holov_export.bundle import (
     ENGINES,
@@ -19,12 +22,30 @@ from holov_export.bundle import (
 )
 from holov_export.engine import ENGINE, BuiltWith, EngineRecord, ShapeProfile, write_record
 from holov_export.engine import SCHEMA as ENGINE_SCHEMA
+from holov_export.pipeline import export_bundle
 from holov_export.policies import policy_from_settings
+from holov_export.request import ExportRequest, GraphRequest
 from holov_export.signature import vision_signature
 from holov_export.spec import OPSETS, CheckpointSource, ExportPlan, ModelSpec, Precision
 from holov_export.storage import sha256_of
 
 PLAN = b"plan of TensorRT"
+_FAMILIES: dict[tuple[str, Precision], Bundle] = {}
+
+
+def family_bundle(family: str, precision: Precision, factory: pytest.TempPathFactory) -> Bundle:
+    """A tiny checkpoint of one of `family_checkpoints.FAMILIES` exported for real, once a session; no decoder.
+
+    LLaVA-NeXT's, which exports fastest, has a second graph.
+    """
+    if (family, precision) not in _FAMILIES:
+        methods = ("holov", "scope") if family == "llava_next" else ("holov",)
+        checkpoint = write_family(factory.mktemp("checkpoints") / family, family)
+        first, *also = [GraphRequest(policy_from_settings(method), None) for method in methods]
+        folder = factory.mktemp("families") / f"{family}-{precision.value}"
+        request = ExportRequest(str(checkpoint), first.policy, precision, None, folder, verify=False, also=tuple(also))
+        _FAMILIES[family, precision] = export_bundle(request)[0]
+    return _FAMILIES[family, precision]
 
 
 def bundle_around(graph: Path, folder: Path, model: ModelSpec, precision: Precision, method: str = "holov") -> Bundle:

@@ -58,7 +58,7 @@ def test_a_dry_run_as_json(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -
     found = json.loads(capsys.readouterr().out)
     assert found["engine"] == str(bundle.folder / "engines" / "h200")
     (made,) = found["plans"]
-    assert made["plan"]["profiles"] == [{"batch": [1, 4, 16], "budget": [1, 64, 64]}]
+    assert made["plan"]["profiles"] == [{"batch": [1, 4, 16], "budget": [1, 64, 64], "axes": []}]
     assert made["commands"][0][0] == "trtexec"
 
 

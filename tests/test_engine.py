@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import pytest
 from holov_export.engine import (
     RECORD,
     SCHEMA,
+    AxisSize,
+    AxisSizes,
+    AxisSpan,
     BuiltWith,
     EngineRecord,
     ShapeProfile,
@@ -109,10 +113,25 @@ class TestRecords:
         with pytest.raises(BundleError, match="Compile the engine again"):
             read_engine(tmp_path)
 
+    def test_records_from_before_further_axes_are_read(self, tmp_path: Path) -> None:
+        written = record().model_dump(mode="json")
+        for profile in written["profiles"]:
+            del profile["axes"]
+        (tmp_path / RECORD).write_text(json.dumps({**written, "schema_version": 1}))
+        assert read_engine(tmp_path).record.profiles == record().profiles
+
+    def test_further_axes(self, tmp_path: Path) -> None:
+        profile = ShapeProfile(batch=(1, 1, 2), budget=(1, 9, 80), axes=(AxisSpan(name="views", span=(3, 5, 10)),))
+        write_record(tmp_path, record().model_copy(update={"profiles": (profile,)}))
+        assert read_engine(tmp_path).record.profiles == (profile,)
+        for views, held in ((2, False), (3, True), (10, True), (11, False)):
+            assert profile.holds(AxisSizes(1, 80, (AxisSize("views", views),))) is held
+        assert profile.corners[1] == AxisSizes(1, 9, (AxisSize("views", 5),))
+
     def test_profiles_hold_what_lies_between(self) -> None:
         profile = ShapeProfile(batch=(2, 2, 4), budget=(1, 64, 576))
-        assert profile.holds(2, 576)
-        assert profile.holds(4, 1)
-        assert not profile.holds(1, 64)
-        assert not profile.holds(5, 64)
-        assert not profile.holds(2, 577)
+        assert profile.holds(AxisSizes(2, 576))
+        assert profile.holds(AxisSizes(4, 1))
+        assert not profile.holds(AxisSizes(1, 64))
+        assert not profile.holds(AxisSizes(5, 64))
+        assert not profile.holds(AxisSizes(2, 577))

@@ -15,6 +15,7 @@ import tensorrt_standin
 from tensorrt_standin import FakeGpu
 
 from holov_export.bundle import Bundle
+from holov_export.spec import Precision
 from holov_export.tensors import VisualTokens
 from holov_export.verify.baselines import baseline_of
 
@@ -381,3 +382,85 @@ def test_prepare_makes_what_measure_needs(tmp_path: Path) -> None:
         for budget in reference["budgets"].tolist():
             assert reference[f"positions_{budget}"].shape == (3, budget)
     assert not (tmp_path / "reference-fp32").exists()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `prepare --families qwen2.5-vl-7b --size tiny` writes."""
+    sys.path[:0] = [str(SCRIPTS), str(ROOT / "scripts")]
+    try:
+        import prepare
+        from steps import Steps
+    finally:
+        del sys.path[:2]
+    work = tmp_path_factory.mktemp("families")
+    (work / "bundles").mkdir()
+    steps = Steps(work / "prepare.json", 10)
+    steps.found["references"] = []
+    prepare.prepare_family(steps, work, "tiny", Precision.FP32, "qwen2.5-vl-7b")
+    assert steps.failed == []
+    assert steps.found["references"][0]["pictures"] == prepare.FEW_PICTURES
+    return work
+
+
+class TestPacked:
+    """Graphs that see pictures of unequal size go through the same scripts."""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("version", ["8.6.0", "11.4.0"])
+    def test_a_whole_run(self, work: Path, version: str, tmp_path: Path, bundles: list[Path]) -> None:
+        """Beside a square bundle, whose results stay where they were."""
+        assert sorted(path.name for path in work.iterdir()) == [
+            *("bundles", "checkpoint", "prepare.json", "reference-qwen2.5-vl-7b.npz")
+        ]
+        folders = [bundles[1], *sorted((work / "bundles").iterdir())]
+        reference = work / "reference-qwen2.5-vl-7b.npz"
+        with tensorrt_standin.installed(version, gpu=FakeGpu()):
+            import measure
+            from steps import Steps
+
+            steps = Steps(tmp_path / "out.json", 10)
+            measure.measure(steps, options_for(folders, reference, steps.path, batches=(1,), callers=(1,)))
+        assert steps.failed == []
+        found = json.loads(steps.path.read_text(encoding="utf-8"))
+        assert [item["bundle"] for item in found["builds"]] == [
+            "holov", "qwen2.5-vl-7b-holov-fp32", "qwen2.5-vl-7b-plain-fp32",
+        ]  # fmt: skip
+        (packed,) = found["packed"]
+        assert (packed["model"], packed["part"]) == ("qwen2.5-vl-7b", "image")
+        assert len(packed["parity"]) == 2
+        assert all(item["kept_in_common"] == 1.0 and item["passed"] for item in packed["parity"])
+        assert len({tuple(item["tokens"]) for item in packed["shapes"]}) >= 5
+        assert not any(item["wrong"] for item in packed["shapes"])
+        cases = packed["bench"]["cases"]
+        assert {case["contestant"] for case in cases} == {"qwen2.5-vl-7b-holov-fp32", "qwen2.5-vl-7b-plain-fp32"}
+        assert [report["cases"][0]["contestant"] for report in found["bench"]] == ["holov"]
+
+    def test_each_kind_of_fault_is_seen(self) -> None:
+        from packed import wrong_with
+
+        from holov_export.tensors import CropBox, ImageLayout, PixelBatch, Region
+
+        box = CropBox(0, 0, 1, 1)
+        none = np.zeros((0, 2), np.int64)
+        layouts = tuple(
+            ImageLayout("image", count, count, np.arange(count), (Region((1, count), box),), none, none[:, 0])
+            for count in (5, 3)
+        )
+        pixels = PixelBatch(np.zeros((8, 4), np.float32), (box, box), ((1, 1),) * 2, layouts)
+
+        def result() -> VisualTokens:
+            positions = np.array([[0, 1, 4], [0, 2, -1]])
+            return VisualTokens(np.where(positions[..., None] >= 0, 1.0, 0.0), positions, np.array([3, 2]))
+
+        assert wrong_with(result(), pixels, [3, 2]) == ""
+        assert "counts" in wrong_with(result(), pixels, [3, 3])
+        for change, words in (
+            (lambda seen: seen.positions.__setitem__((1, 1), 3), "different ones of 3"),
+            (lambda seen: seen.positions.__setitem__((0, 1), 0), "different"),
+            (lambda seen: seen.tokens.__setitem__((1, 2), 1.0), "padding"),
+            (lambda seen: seen.tokens.__setitem__((0, 0), np.inf), "finite"),
+        ):
+            seen = result()
+            change(seen)
+            assert words in wrong_with(seen, pixels, [3, 2])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
-from holov_export.bundle import open_bundle
+from holov_export.bundle import Bundle, open_bundle
 from holov_export.cli.console import OUT, print_json, progress, say, size_text, table
 from holov_export.cli.options import UserPath, bundle_argument, graph_of, json_option, method_option
 from holov_export.compile.compilation import (
@@ -41,6 +41,18 @@ def _switch(name: str, field: str, what: str) -> Callable[[Any], Any]:
               "a TOML file, or auto: the one that this GPU is.")  # fmt: skip
 @click.option("--batch", help="Smallest, usual and largest batch, e.g. 1:4:16 [default: the target's profiles].")
 @click.option("--budget", help="Smallest, usual and largest token budget, e.g. 1:64:576; also all and 1/9.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens of the largest picture, for models whose pictures differ in size [default: all; Qwen2.5-VL 1280].",
+)
+@click.option(
+    "--clip-frames",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Qwen2.5-VL: frames of the longest clip that goes in as well, with --max-tokens altogether [default: none].",
+)
 @click.option("--profile", "profiles", multiple=True, metavar="PROFILE", help="batch=1:1:1,budget=64:64:64; repeat.")
 @click.option("--workspace", "workspace_mb", type=click.IntRange(min=16), metavar="MIB", help="Memory for the builder.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="0 builds fast, 5 searches longest.")
@@ -65,6 +77,7 @@ def _switch(name: str, field: str, what: str) -> Callable[[Any], Any]:
 @click.option("--force", is_flag=True, help="Build although the readiness check found errors.")
 @click.option("-o", "--output", type=UserPath(), help="Write to OUTPUT/TARGET/ [default: BUNDLE/engines/TARGET/].")
 @method_option
+@click.option("--part", type=click.Choice(["image", "video"]), help="Video-LLaVA: only the graph that sees these.")
 @click.option("--tensorrt", "tensorrt", metavar="VERSION", help="With --dry-run: the version to plan for.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the equal trtexec command; needs no GPU.")
 @json_option
@@ -73,6 +86,8 @@ def compile_engine(
     target_name: str,
     batch: str | None,
     budget: str | None,
+    max_tokens: int | None,
+    clip_frames: int | None,
     profiles: tuple[str, ...],
     workspace_mb: int | None,
     optimization_level: int | None,
@@ -89,11 +104,12 @@ def compile_engine(
     force: bool,
     output: Path | None,
     method: str | None,
+    part: Literal["image", "video"] | None,
     tensorrt: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Build a bundle's TensorRT engine for this machine's GPU."""
+    """Build a bundle's TensorRT engine for this machine's GPU; of Video-LLaVA one for pictures and one for clips."""
     if tensorrt and not dry_run:
         raise click.UsageError("--tensorrt goes with --dry-run: a build takes the TensorRT that is installed.")
     if timing_cache and no_timing_cache:
@@ -101,6 +117,8 @@ def compile_engine(
     options = CompileOptions(
         batch=batch,
         budget=budget,
+        max_tokens=max_tokens,
+        clip_frames=clip_frames,
         profiles=profiles,
         workspace_mb=workspace_mb,
         optimization_level=optimization_level,
@@ -119,16 +137,40 @@ def compile_engine(
     )
     target = target_asked(target_name, dry_run=dry_run)
     opened = graph_of(open_bundle(bundle, verify="size"), method)
+    views = [opened.of_part(each) for each in (opened.manifest.plan.parts if part is None else (part,))]
     if dry_run:
-        made = previews(opened.manifest.plan, bundle, target, options, tensorrt, opened.graph)
-        print_previews(made, engine_folder(bundle, engine_label(target.name, opened), options), as_json)
+        _dry_run(views, target, options, tensorrt, as_json)
         return
     with progress() as tell:
-        engine = engine_from_bundle(opened, target, options, tell=tell)
+        engines = [engine_from_bundle(view, target, options, tell=tell) for view in views]
     if as_json:
-        print_json(engine_json(engine))
-    else:
-        print_engine(engine)
+        print_json(_of_graphs([engine_json(engine) for engine in engines]))
+        return
+    for view, engine in zip(views, engines, strict=True):
+        print_engine(engine, view if len(views) > 1 else None)
+
+
+def _dry_run(
+    views: Sequence[Bundle], target: EngineTarget, options: CompileOptions, tensorrt: str | None, as_json: bool
+) -> None:
+    """Print what would be built of each graph."""
+    made = [
+        (
+            previews(view.manifest.plan, view.folder, target, options, tensorrt, view.graph),
+            engine_folder(view.folder, engine_label(target.name, view), options),
+        )
+        for view in views
+    ]
+    if as_json:
+        print_json(_of_graphs([previews_json(each, folder) for each, folder in made]))
+        return
+    for each, folder in made:
+        print_previews(each, folder, as_json)
+
+
+def _of_graphs(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is said of one graph as it is; of several as a list."""
+    return found[0] if len(found) == 1 else {"graphs": found}
 
 
 def target_asked(name: str, *, dry_run: bool = False) -> EngineTarget:
@@ -222,13 +264,13 @@ def engine_json(engine: Engine) -> dict[str, Any]:
     return {"engine": str(engine.folder), "record": engine.record.model_dump(mode="json")}
 
 
-def print_engine(engine: Engine, method: str | None = None) -> None:
-    """What was built, on stdout; `method` names the graph where the bundle has several."""
+def print_engine(engine: Engine, graph: Bundle | None = None) -> None:
+    """What was built, on stdout; `graph` is the one that it was built from, where the bundle has several."""
     record, built = engine.record, engine.record.built_with
     made = table("engine", "")
     rows = {
         "target": record.target,
-        **({} if method is None else {"method": method}),
+        **({} if graph is None else {"method": graph.method, "sees": f"{graph.part}s"}),
         "built with": f"TensorRT {built.tensorrt}, {built.gpu} (sm_{built.sm}), {built.network}",
         "precision": f"{record.precision.value}, opset {record.opset}",
         **{f"profile {index}": words(shape) for index, shape in enumerate(record.profiles)},

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import click
 from pydantic import ValidationError
 
-from holov_export.bundle import Bundle
+from holov_export.bundle import VISION, Bundle, graph_file, label_of
 from holov_export.cli.compile import engine_json, previews_json, print_engine, print_previews, target_asked
 from holov_export.cli.console import OUT, print_json, progress, say, size_text, table
 from holov_export.cli.options import UserPath, json_option, method_names
@@ -130,18 +130,18 @@ def export(
     if dry_run:
         _dry_run(request, target, as_json)
         return
-    engine = None
+    engines: tuple[Engine, ...] = ()
     with progress() as tell:
         if target is None:
             bundle, report = export_bundle(request, tell=tell)
         else:
-            bundle, report, engine = export_and_compile(request, target, tell=tell)
+            bundle, report, engines = export_and_compile(request, target, tell=tell)
     if as_json:
-        print_json(_result(bundle, report, engine))
-    else:
-        _print_result(bundle, report)
-        if engine is not None:
-            print_engine(engine)
+        print_json(_result(bundle, report, engines))
+        return
+    _print_result(bundle, report)
+    for part, engine in zip(bundle.manifest.plan.parts, engines, strict=False):
+        print_engine(engine, bundle.of_part(part) if len(engines) > 1 else None)
 
 
 def _dry_run(request: ExportRequest, target: EngineTarget | None, as_json: bool) -> None:
@@ -151,13 +151,20 @@ def _dry_run(request: ExportRequest, target: EngineTarget | None, as_json: bool)
         _print_plan(plan, output, as_json)
         return
     options = CompileOptions()
-    made, folder = previews(plan, output, target, options), engine_folder(output, target.name, options)
+    made = []
+    for part in plan.parts:
+        label = label_of("", part)
+        graph = graph_file(label) if label else VISION
+        folder = engine_folder(output, graph_file(label, target.name, "") if label else target.name, options)
+        made.append((previews(plan.of_part(part), output, target, options, graph=graph), folder))
     if as_json:
-        print_json({**_plan_json(plan, output), "compile": previews_json(made, folder)})
+        found = [previews_json(each, folder) for each, folder in made]
+        print_json({**_plan_json(plan, output), "compile": found[0] if len(found) == 1 else {"graphs": found}})
         return
     _print_plan(plan, output, as_json)
-    OUT.print()
-    print_previews(made, folder, as_json)
+    for each, folder in made:
+        OUT.print()
+        print_previews(each, folder, as_json)
 
 
 def _graphs(methods: tuple[str, ...], settings: tuple[str, ...], select_layer: str | None) -> list[GraphRequest]:
@@ -240,7 +247,9 @@ def _vision_text(plan: ExportPlan) -> str:
     if isinstance(image, PatchImageSpec):
         side = image.token_pixels
         fewest = max(1, image.min_pixels // side**2)
-        return f"any size, a token each {side} x {side} pixels, {fewest} to {plan.model.image_tokens} tokens, {exported}"
+        return (
+            f"any size, a token each {side} x {side} pixels, {fewest} to {plan.model.image_tokens} tokens, {exported}"
+        )
     seen = f"{plan.model.clip.image_size} x {plan.model.clip.image_size} pixels"
     if isinstance(image, TiledImageSpec):
         largest = max(height * width for height, width in image.pinpoints) // plan.model.clip.image_size**2
@@ -253,7 +262,8 @@ def _video_text(plan: ExportPlan) -> str:
     if isinstance(video, FramesSpec):
         return f"{video.frames} frames of a clip, {plan.model.video_tokens} tokens, a tower of its own"
     assert isinstance(video, FramePairsSpec)  # it is not "none"
-    return f"{video.fps:g} frames a second, {video.min_frames} to {video.max_frames}, up to {plan.model.video_tokens} tokens"
+    frames = f"{video.fps:g} frames a second, {video.min_frames} to {video.max_frames}"
+    return f"{frames}, up to {plan.model.video_tokens} tokens"
 
 
 def _budget_text(plan: ExportPlan) -> str:
@@ -268,7 +278,7 @@ def graph_text(graph: GraphPlan) -> str:
     return f"{settings}, cuts at {graph.name.partition('@')[2]}" if graph.cuts else settings
 
 
-def _result(bundle: Bundle, report: ParityReport | None, engine: Engine | None) -> dict[str, Any]:
+def _result(bundle: Bundle, report: ParityReport | None, engines: tuple[Engine, ...]) -> dict[str, Any]:
     readiness = readiness_report(bundle)
     made = {
         "bundle": str(bundle.folder),
@@ -276,14 +286,17 @@ def _result(bundle: Bundle, report: ParityReport | None, engine: Engine | None) 
         "parity": None if report is None else report.model_dump(mode="json"),
         "tensorrt": {version.tensorrt: version.ready for version in readiness.versions},
         "methods": list(bundle.methods),
-        "also": {view.method: _further_result(view, verified=report is not None) for view in _further(bundle)},
+        "also": {view.title: _further_result(view, verified=report is not None) for view in _further(bundle)},
     }
-    return made if engine is None else {**made, **engine_json(engine)}
+    if not engines:
+        return made
+    found = [engine_json(engine) for engine in engines]
+    return {**made, **(found[0] if len(found) == 1 else {"graphs": found})}
 
 
 def _further(bundle: Bundle) -> list[Bundle]:
     """The bundle once for each graph beside the default one."""
-    return [bundle.of_method(method) for method in bundle.methods[1:]]
+    return list(bundle.views[1:])
 
 
 def _further_result(view: Bundle, *, verified: bool) -> dict[str, Any]:
@@ -300,13 +313,12 @@ def _print_result(bundle: Bundle, report: ParityReport | None) -> None:
             found = written_parity(view)
             worst = max(item.token_error for item in found.comparisons)
             OUT.print(
-                f"{view.method}: {len(found.comparisons)} comparisons of {len(found.pictures)} pictures, largest token "
+                f"{view.title}: {len(found.comparisons)} comparisons of {len(found.pictures)} pictures, largest token "
                 f"error {worst:.1e}  {'ok' if found.passed else 'FAILED'}",
                 soft_wrap=True,
             )
-    for method in bundle.methods:
-        view = bundle.of_method(method)
-        OUT.print((f"{method}: " if len(bundle.methods) > 1 else "") + _readiness_line(view))
+    for view in bundle.views:
+        OUT.print((f"{view.title}: " if len(bundle.views) > 1 else "") + _readiness_line(view))
     total = size_text(sum(item.bytes for item in bundle.manifest.artifacts))
     OUT.print(f"{_shown(bundle.folder)}  {total}", soft_wrap=True)
 

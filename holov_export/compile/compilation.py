@@ -14,11 +14,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from holov_export.bundle import ENGINES, Bundle, graph_file
+from holov_export.bundle import ENGINES, Bundle, GraphTensor, graph_file, graph_tensors
 from holov_export.compile.lowering import OPSET_OF_TENSORRT_8
+from holov_export.compile.packed_profiles import largest_of, packed_profiles, within_memory
 from holov_export.compile.profile import profiles_from_target
 from holov_export.engine import ShapeProfile
-from holov_export.errors import EngineError
+from holov_export.errors import BudgetError, EngineError
 from holov_export.policies import Frozen
 from holov_export.spec import ExportPlan, Precision
 from holov_export.targets import BuildFlags, EngineTarget
@@ -49,6 +50,8 @@ class CompileOptions:
     Attributes:
         batch, budget: "1:4:16", smallest, usual and largest; one profile is built then. Else see `profile`.
         profiles: "batch=1:1:1,budget=64:64:64" each, instead of the target's.
+        max_tokens, clip_frames: the largest picture, and clip, of a packed graph; see `packed_profiles`.
+        shapes: profiles as they are, with all axes, instead of all that.
         workspace_mb: MiB that the builder may use while it tries kernels.
         tf32: let float32 products round their factors to 10 bits; whatever decides which tokens stay loses by it.
         strip_plan: leave the weights out of the engine; it is refitted when it is loaded.
@@ -64,6 +67,9 @@ class CompileOptions:
     batch: str | None = None
     budget: str | None = None
     profiles: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    clip_frames: int | None = None
+    shapes: tuple[ShapeProfile, ...] = ()
     workspace_mb: int | None = None
     optimization_level: int | None = None
     tf32: bool = False
@@ -87,7 +93,7 @@ class CompilePlan(Frozen):
         tensorrt: the version that it is for.
         network: how the builder learns of precisions; "fp16-flag" pins what the graph computes in float32.
         opset: of the graph as TensorRT gets it. lowered: whether that differs from the bundle's file.
-        image_size: H and W of the pictures. tokens: N.
+        inputs: of the graph, with the names of their axes. tokens: N of the largest picture.
         optimization_level: None where TensorRT has no such setting (8.5).
         prefer: pins are wishes; see `CompileOptions`.
     """
@@ -98,7 +104,7 @@ class CompilePlan(Frozen):
     precision: Precision
     opset: int
     lowered: bool
-    image_size: int
+    inputs: tuple[GraphTensor, ...]
     tokens: int
     profiles: tuple[ShapeProfile, ...] = Field(min_length=1)
     workspace_mb: int
@@ -119,7 +125,8 @@ def plan_from_target(plan: ExportPlan, target: EngineTarget, options: CompileOpt
         plan: of the bundle, exported already or not.
 
     Raises:
-        EngineError: a TensorRT outside the target's range, a precision or feature that it or the target lacks.
+        EngineError: a TensorRT outside the target's range, a precision or feature that it or the target lacks, or
+            pictures with more tokens than TensorRT sorts.
         BudgetError: a profile that cannot be.
     """
     check_tensorrt(target, tensorrt)
@@ -136,21 +143,38 @@ def plan_from_target(plan: ExportPlan, target: EngineTarget, options: CompileOpt
         precision=plan.precision,
         opset=min(plan.opset, OPSET_OF_TENSORRT_8) if version < (9,) else plan.opset,
         lowered=version < (8, 6) or (version < (9,) and plan.opset > OPSET_OF_TENSORRT_8),
-        image_size=plan.model.vision.image_size,
-        tokens=plan.model.vision.tokens,
-        profiles=profiles_from_target(
-            target,
-            plan.model.vision.tokens,
-            batch=options.batch,
-            budget=options.budget,
-            profiles=options.profiles,
-        ),
+        inputs=graph_tensors(plan.signature[0]),
+        tokens=plan.tokens,
+        profiles=_profiles(plan, target, options),
         workspace_mb=options.workspace_mb or target.workspace_mb,
         optimization_level=level if has_levels else None,
         tf32=options.tf32,
         prefer=options.prefer,
         flags=flags,
     )
+
+
+def _profiles(plan: ExportPlan, target: EngineTarget, options: CompileOptions) -> tuple[ShapeProfile, ...]:
+    if not plan.packed and (options.max_tokens, options.clip_frames) != (None, None):
+        raise BudgetError(
+            f"--max-tokens and --clip-frames mean nothing here: each picture has {plan.tokens} tokens.",
+            hint="Leave them out.",
+        )
+    if options.shapes:
+        return options.shapes
+    largest = largest_of(plan, options.max_tokens, options.clip_frames) if plan.packed else None
+    spans = profiles_from_target(
+        target,
+        plan.tokens if largest is None else largest.tokens,
+        batch=options.batch,
+        budget=options.budget,
+        profiles=options.profiles,
+    )
+    if largest is None:
+        return spans
+    if options.batch is None and not options.profiles:
+        spans = within_memory(plan, spans, largest, target.usable_bytes)
+    return packed_profiles(plan, spans, largest)
 
 
 def network_kind(precision: Precision, tensorrt: str) -> NetworkKind:
@@ -188,7 +212,7 @@ def engine_folder(bundle: Path, label: str, options: CompileOptions) -> Path:
 
 def engine_label(target: str, bundle: Bundle) -> str:
     """Name of an engine's folder: the target, and the graph unless it is the bundle's default one."""
-    return target if bundle.is_default else graph_file(bundle.method, target, "")
+    return target if bundle.is_default else graph_file(bundle.label, target, "")
 
 
 def _check_precision(precision: Precision, target: EngineTarget, tensorrt: str) -> None:

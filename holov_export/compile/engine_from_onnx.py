@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from holov_export.bundle import VISION, Bundle, verify_artifacts
+from holov_export.bundle import Bundle, verify_artifacts
 from holov_export.compile.build_watch import BuildProgress, Messages, logger_for, monitor_for, watched
 from holov_export.compile.builder_config import configure, workspace_bytes
 from holov_export.compile.compilation import CompileOptions, CompilePlan, engine_folder, engine_label, plan_from_target
@@ -50,9 +50,6 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 Tell = Callable[[str], None]
-
-#: name of the weight file, as the exporter writes it
-WEIGHTS = f"{VISION}.data"
 
 
 def silent(message: str) -> None:
@@ -102,7 +99,7 @@ def engine_from_bundle(
 
 
 def _verify_graph(bundle: Bundle) -> None:
-    files = tuple(item for item in bundle.manifest.artifacts if item.path in (bundle.graph, WEIGHTS))
+    files = tuple(item for item in bundle.manifest.artifacts if item.path in (bundle.graph, bundle.weights))
     verify_artifacts(Bundle(bundle.folder, bundle.manifest.model_copy(update={"artifacts": files})))
 
 
@@ -197,7 +194,7 @@ def _config(job: _Job, builder: Any, network: Any) -> Any:
     if job.plan.network == "fp16-flag":
         pins = pin_float32(job.trt, network, job.graph)
         job.tell(f"kept in float32: {pins.layers} of {network.num_layers} layers")
-    add_profiles(builder, network, config, job.plan.profiles)
+    add_profiles(builder, network, config, job.plan.profiles, job.plan.inputs)
     if job.cache is not None:
         attach_cache(config, job.cache, job.tell)
     return config
@@ -209,7 +206,7 @@ def _refuse_small_disk(bundle: Bundle, plan: CompilePlan, work: Path) -> None:
     Raises:
         StorageError: less is free than the weights take.
     """
-    weights = sum(item.bytes for item in bundle.manifest.artifacts if item.path in (bundle.graph, WEIGHTS))
+    weights = sum(item.bytes for item in bundle.manifest.artifacts if item.path in (bundle.graph, bundle.weights))
     free = shutil.disk_usage(work).free
     if not plan.flags.strip_plan and free < weights:
         raise StorageError(
@@ -256,7 +253,7 @@ def _record(bundle: Bundle, plan: CompilePlan, gpu: Gpu, work: Path, seconds: fl
         opset=plan.opset,
         profiles=plan.profiles,
         graph_sha256=hashes[bundle.graph],
-        weights_sha256=hashes.get(WEIGHTS, ""),
+        weights_sha256=hashes.get(bundle.weights, ""),
         sha256=sha256_of(work / ENGINE),
         bytes=(work / ENGINE).stat().st_size,
         built_with=BuiltWith(

@@ -1,6 +1,7 @@
 """Optimisation profiles: the batches and token budgets that one engine runs without a rebuild.
 
-`pixel_values` and `quota` have a batch axis, so their shapes are given; `budget` is a shape value, so its values are.
+The dynamic axes of the inputs have names, so their shapes are given; `budget` is a shape value, so its values are.
+Packed graphs have further axes; see `packed_profiles`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from holov_export.engine import ShapeProfile
+from holov_export.bundle import GraphTensor
+from holov_export.engine import AxisSizes, ShapeProfile
 from holov_export.errors import BudgetError, EngineError
 from holov_export.signature import BUDGET
 from holov_export.targets import EngineTarget, TargetProfile
@@ -90,18 +92,25 @@ def _validated(values: dict[str, Any], text: str) -> TargetProfile:
         raise BudgetError(f"'{text}' is no profile: {problems}.", hint=_HINT) from error
 
 
-def add_profiles(builder: Any, network: Any, config: Any, profiles: Sequence[ShapeProfile]) -> None:
+def add_profiles(
+    builder: Any, network: Any, config: Any, profiles: Sequence[ShapeProfile], inputs: Sequence[GraphTensor]
+) -> None:
     """Give the profiles to a TensorRT builder configuration, in order.
 
+    Args:
+        inputs: of the graph, with the names of their axes.
+
     Raises:
-        EngineError: the network has a dynamic axis or shape value that a profile does not know, or TensorRT refuses.
+        EngineError: the network has an input, a dynamic axis or a shape value that is none of the signature's, or
+            TensorRT refuses.
     """
-    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    shapes = {item.name: item.shape for item in inputs}
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
     for number, shape in enumerate(profiles):
         profile = builder.create_optimization_profile()
         try:
-            for tensor in inputs:
-                _set_input(profile, tensor, shape)
+            for tensor in tensors:
+                _set_input(profile, tensor, shapes.get(tensor.name, ()), shape)
             taken = config.add_optimization_profile(profile) >= 0
         except (RuntimeError, ValueError) as error:
             raise EngineError(f"TensorRT refuses profile {number} ({words(shape)}): {error}") from error
@@ -109,19 +118,31 @@ def add_profiles(builder: Any, network: Any, config: Any, profiles: Sequence[Sha
             raise EngineError(f"TensorRT refuses profile {number} ({words(shape)}).")
 
 
-def _set_input(profile: Any, tensor: Any, shape: ShapeProfile) -> None:
+def _set_input(profile: Any, tensor: Any, axes: Sequence[int | str], shape: ShapeProfile) -> None:
     if tensor.is_shape_tensor:
         if tensor.name != BUDGET:
             raise EngineError(f"the input '{tensor.name}' decides shapes, and only '{BUDGET}' may.")
         profile.set_shape_input(tensor.name, *([value] for value in shape.budget))
         return
     dims = [int(size) for size in tensor.shape]
-    if any(size < 0 for size in dims[1:]):
-        raise EngineError(f"the input '{tensor.name}' has dynamic axes besides the batch: {dims}.")
-    if dims and dims[0] < 0:
-        profile.set_shape(tensor.name, *((size, *dims[1:]) for size in shape.batch))
+    named = len(axes) == len(dims) and all(
+        isinstance(axis, str) if size < 0 else axis == size for axis, size in zip(axes, dims, strict=True)
+    )
+    if not named:
+        raise EngineError(
+            f"the input '{tensor.name}' is {dims}, the signature of the graph says {list(axes)}.",
+            hint="Export the bundle again with this version.",
+        )
+    if any(size < 0 for size in dims):
+        profile.set_shape(tensor.name, *(sized(axes, sizes) for sizes in shape.corners))
+
+
+def sized(axes: Sequence[int | str], sizes: AxisSizes) -> tuple[int, ...]:
+    """The shape of an input in numbers."""
+    return tuple(axis if isinstance(axis, int) else sizes.of(axis) for axis in axes)
 
 
 def words(shape: ShapeProfile) -> str:
-    """batch 1:4:16, budget 1:64:576."""
-    return f"batch {':'.join(map(str, shape.batch))}, budget {':'.join(map(str, shape.budget))}"
+    """batch 1:4:16, budget 1:64:576; of packed graphs with the further axes."""
+    spans = [("batch", shape.batch), ("budget", shape.budget), *((axis.name, axis.span) for axis in shape.axes)]
+    return ", ".join(f"{name} {':'.join(map(str, span))}" for name, span in spans)

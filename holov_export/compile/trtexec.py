@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING
 
 from holov_export.compile.compilation import CompilePlan
 from holov_export.compile.precision_pins import element_types, float32_nodes
-from holov_export.compile.profile import words
-from holov_export.engine import ShapeProfile
+from holov_export.compile.profile import sized, words
+from holov_export.engine import AxisSizes, ShapeProfile
 from holov_export.extras import require
-from holov_export.signature import BUDGET, PIXEL_VALUES, QUOTA
+from holov_export.signature import BUDGET
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 _HARDWARE = {"ampere_plus": "ampere+", "same_compute_capability": "sameComputeCapability"}
-_CHANNELS = 3
 
 
 @dataclass(frozen=True)
@@ -111,17 +110,17 @@ def _profiles(plan: CompilePlan, notes: list[str]) -> list[str]:
 
 
 def _shapes(plan: CompilePlan, shape: ShapeProfile) -> list[str]:
-    """--minShapes and its sisters: shapes of pixel_values and quota, the value of the shape input budget."""
+    """--minShapes and its sisters: shapes of the inputs, the value of the shape input budget."""
     names = ("--minShapes", "--optShapes", "--maxShapes")
-    return [
-        f"{name}={','.join(_inputs(plan, batch, budget))}"
-        for name, batch, budget in zip(names, shape.batch, shape.budget, strict=True)
-    ]
+    return [f"{name}={','.join(_inputs(plan, sizes))}" for name, sizes in zip(names, shape.corners, strict=True)]
 
 
-def _inputs(plan: CompilePlan, batch: int, budget: int) -> Sequence[str]:
-    side = plan.image_size
-    return (f"{PIXEL_VALUES}:{batch}x{_CHANNELS}x{side}x{side}", f"{QUOTA}:{batch}", f"{BUDGET}:{budget}")
+def _inputs(plan: CompilePlan, sizes: AxisSizes) -> Sequence[str]:
+    shaped = [item for item in plan.inputs if item.name != BUDGET]
+    return (
+        *(f"{item.name}:{'x'.join(map(str, sized(item.shape, sizes)))}" for item in shaped),
+        f"{BUDGET}:{sizes.budget}",
+    )
 
 
 def _flags(plan: CompilePlan) -> list[str]:

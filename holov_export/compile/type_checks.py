@@ -155,6 +155,16 @@ def topk_unbounded(ask: Question) -> Iterator[Hit]:
             yield Hit(node, {"length": length, "limit": ask.limit})
 
 
+def topk_of_request(ask: Question) -> Iterator[Hit]:
+    """K is computed, and no length of the axis is fixed; the same words for all of them, so once for the graph."""
+    for view, node in _topks(ask):
+        shape = view.shape_of(node.input[0]) or ()
+        axis = int(attribute(node, "axis", -1))
+        length = shape[axis] if -len(shape) <= axis < len(shape) else None
+        if len(node.input) > 1 and not view.is_constant(node.input[1]) and not isinstance(length, int):
+            yield Hit(facts={"limit": ask.limit})
+
+
 def topk_integer(ask: Question) -> Iterator[Hit]:
     for view, node in _topks(ask):
         kind = view.type_of(node.input[0])
@@ -179,6 +189,7 @@ TYPE_CHECKS: dict[str, Check] = {
     "float32-stays": float32_stays,
     "topk-limit": topk_limit,
     "topk-unbounded": topk_unbounded,
+    "topk-of-request": topk_of_request,
     "topk-integer": topk_integer,
     "topk-integer-rounded": topk_integer,
 }

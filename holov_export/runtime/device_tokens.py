@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from threading import RLock
 
+from holov_export.engine import AxisSizes
 from holov_export.runtime.device_array import DeviceArray
 from holov_export.runtime.device_memory import CudaApi
 from holov_export.runtime.engine_context import EngineTensor
@@ -145,13 +146,13 @@ class DeviceTokens:
         self._lease.read_on(stream)
 
 
-def device_tokens(slot: OutputSlot, tensors: Mapping[str, EngineTensor], batch: int, budget: int) -> DeviceTokens:
+def device_tokens(slot: OutputSlot, tensors: Mapping[str, EngineTensor], sizes: AxisSizes) -> DeviceTokens:
     """The outputs in a slot that a run has been enqueued into."""
     lease = slot.lease()
 
     def array(name: str) -> DeviceArray:
         tensor = tensors[name]
-        shape = tensor.sized(batch, budget)
+        shape = tensor.sized(sizes)
         return DeviceArray(shape, tensor.dtype, slot.addresses[name], lease, tensor.bfloat16)
 
     return DeviceTokens(array("visual_tokens"), array("positions"), array("counts"), array("saliency"), lease)

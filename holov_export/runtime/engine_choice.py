@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from holov_export.bundle import ENGINES, VISION, Bundle
+from holov_export.bundle import ENGINES, Bundle
 from holov_export.engine import Engine, check_engine, check_machine, engines_in, read_engine
 from holov_export.errors import EngineError
 from holov_export.gpu import Gpu
-
-_WEIGHTS = f"{VISION}.data"
 
 
 def checked_engine(
@@ -36,16 +34,17 @@ def checked_engine(
 def graph_hashes(bundle: Bundle) -> tuple[str, str]:
     """sha256 of the bundle's graph and of its weights, as engines record them."""
     hashes = {item.path: item.sha256 for item in bundle.manifest.artifacts}
-    return hashes[bundle.graph], hashes.get(_WEIGHTS, "")  # a small graph holds its weights itself
+    return hashes[bundle.graph], hashes.get(bundle.weights, "")  # a small graph holds its weights itself
 
 
 def _chosen(bundle: Bundle, gpu: Gpu, tensorrt: str, target: str | None) -> Engine:
     """The engine of that name, or the only one that fits. The error says which exist and why they do not fit."""
-    of_graph = f" --method {bundle.method}" if not bundle.is_default else ""
+    of_graph = f" --method {bundle.method}" if bundle.method != bundle.methods[0] else ""
+    seen = " that sees clips" if bundle.part == "video" else ""
     engines = engines_of(bundle)
     if not engines:
         raise EngineError(
-            f"the bundle '{bundle.folder.name}' has no engine{f' for {bundle.method}' if of_graph else ''}.",
+            f"the bundle '{bundle.folder.name}' has no engine{f' for {bundle.method}' if of_graph else ''}{seen}.",
             hint=f"Build one: holov-export compile {bundle.folder} --target {target or 'TARGET'}{of_graph}",
         )
     if target is not None:

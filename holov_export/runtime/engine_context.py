@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from holov_export.engine import Engine, ShapeProfile
+from holov_export.bundle import Bundle
+from holov_export.engine import AxisSizes, Engine, ShapeProfile
 from holov_export.errors import EngineError, EnvironmentFaultError, MissingExtraError
-from holov_export.signature import BUDGET, INPUTS, OUTPUTS, PIXEL_VALUES
+from holov_export.signature import BUDGET, OUTPUTS, QUOTA
 
 #: TensorRT's names of element types as numpy has them; bfloat16 has none there and travels as its 16 bits
 _NUMPY = {
@@ -43,7 +44,7 @@ class EngineTensor:
     Attributes:
         dtype: of its elements in numpy; bfloat16 as "uint16". TensorRT 8 has int32 where the graph has int64.
         bfloat16: whether its elements are bfloat16.
-        shape: -1 is a dynamic axis.
+        shape: -1 is a dynamic axis. axes: the same as the signature has it, with a name for each dynamic axis.
         on_host: True if TensorRT reads its values on the host (a shape value).
     """
 
@@ -51,14 +52,15 @@ class EngineTensor:
     dtype: np.dtype[Any]
     bfloat16: bool
     shape: tuple[int, ...]
+    axes: tuple[int | str, ...]
     on_host: bool
 
-    def sized(self, batch: int, budget: int) -> tuple[int, ...]:
-        """The shape with its dynamic axes filled: the first is the batch, a second one the budget."""
-        return tuple(size if size >= 0 else batch if axis == 0 else budget for axis, size in enumerate(self.shape))
+    def sized(self, sizes: AxisSizes) -> tuple[int, ...]:
+        """The shape with its dynamic axes filled."""
+        return tuple(axis if isinstance(axis, int) else sizes.of(axis) for axis in self.axes)
 
-    def bytes_for(self, batch: int, budget: int) -> int:
-        return int(np.prod(self.sized(batch, budget), dtype=np.int64)) * self.dtype.itemsize
+    def bytes_for(self, sizes: AxisSizes) -> int:
+        return int(np.prod(self.sized(sizes), dtype=np.int64)) * self.dtype.itemsize
 
 
 def tensorrt_module() -> Any:
@@ -97,17 +99,18 @@ class LoadedEngine:
 
     Attributes:
         tensors: by name.
+        inputs: names of its inputs, in the order of the signature.
         profiles: as the record has them, compared with the plan's.
         scratch_bytes: device memory that a context needs while it runs, at its largest profile.
     """
 
-    def __init__(self, trt: Any, engine: Engine, *, onnx: Path, weight_budget: int | None = None) -> None:
+    def __init__(self, trt: Any, engine: Engine, bundle: Bundle, *, weight_budget: int | None = None) -> None:
         """Deserialise a checked plan.
 
         Args:
             trt: the module.
             engine: its hash has been compared.
-            onnx: the bundle's graph, for an engine that was built without its weights.
+            bundle: says what the inputs and outputs are; its graph has the weights of an engine that was built without.
             weight_budget: bytes of weights that stay on the device, for an engine with weight streaming; None for all.
 
         Raises:
@@ -126,9 +129,12 @@ class LoadedEngine:
         if self._engine is None:
             raise self._refusal("does not deserialise the plan")
         if engine.record.built_with.stripped:
-            self._refit(onnx)
+            self._refit(bundle.vision)
         if weight_budget is not None:
             self._stream_weights(weight_budget)
+        manifest = bundle.manifest
+        self.inputs = tuple(item.name for item in manifest.inputs)
+        self._axes = {item.name: item.shape for item in (*manifest.inputs, *manifest.outputs)}
         self.tensors = {tensor.name: tensor for tensor in self._tensors()}
         self._check_tensors()
         self._check_profiles()
@@ -180,16 +186,25 @@ class LoadedEngine:
             shape = tuple(int(size) for size in engine.get_tensor_shape(name))
             # where it says both, an address in pinned memory serves the host and the device
             on_host = engine.get_tensor_location(name) == host or bool(engine.is_shape_inference_io(name))
-            found.append(EngineTensor(name, np.dtype(_NUMPY[dtype]), dtype == "BF16", shape, on_host))
+            axes = self._axes.get(name, ())
+            found.append(EngineTensor(name, np.dtype(_NUMPY[dtype]), dtype == "BF16", shape, axes, on_host))
         return found
 
     def _check_tensors(self) -> None:
-        if set(self.tensors) != {*INPUTS, *OUTPUTS}:
+        if set(self.tensors) != {*self.inputs, *OUTPUTS}:
             raise EngineError(
                 f"the engine '{self.label}' has the tensors {', '.join(self.tensors)}; expected "
-                f"{', '.join((*INPUTS, *OUTPUTS))}.",
+                f"{', '.join((*self.inputs, *OUTPUTS))}.",
                 hint="Compile the bundle again with this version.",
             )
+        for tensor in self.tensors.values():
+            sizes = zip(tensor.shape, tensor.axes, strict=False)
+            fits = all(isinstance(axis, str) or size in (axis, -1) for size, axis in sizes)
+            if not fits or len(tensor.shape) != len(tensor.axes):
+                raise EngineError(
+                    f"the engine '{self.label}' has {tensor.name} as {tensor.shape}, the bundle as {tensor.axes}.",
+                    hint="Compile the bundle again with this version.",
+                )
         if not self.tensors[BUDGET].on_host:
             raise EngineError(
                 f"the engine '{self.label}' takes the budget as data, not as a shape value.",
@@ -197,16 +212,23 @@ class LoadedEngine:
             )
 
     def _check_profiles(self) -> None:
-        """The record's profiles are the plan's."""
+        """The record's profiles are the plan's, for what every input of a graph can tell."""
         count = self._engine.num_optimization_profiles
-        batches = [
-            tuple(int(shape[0]) for shape in self._engine.get_tensor_profile_shape(PIXEL_VALUES, index))
+        shaped = [name for name in self.inputs if name != BUDGET]
+        found = [
+            [[tuple(map(int, dims)) for dims in self._engine.get_tensor_profile_shape(name, index)] for name in shaped]
             for index in range(count)
         ]
-        if batches != [profile.batch for profile in self.profiles]:
+        wanted = [
+            [[self.tensors[name].sized(sizes) for sizes in profile.corners] for name in shaped]
+            for profile in self.profiles
+        ]
+        if found != wanted:
+            quota = shaped.index(QUOTA)
+            batches = ", ".join(str(tuple(size for (size,) in shapes[quota])) for shapes in found)
             raise EngineError(
                 f"the record of the engine '{self.label}' names {profiles_text(self.profiles)}, its plan has the "
-                f"batches {', '.join(map(str, batches))}.",
+                f"batches {batches}{' and other axes' if self.profiles[0].axes else ''}.",
                 hint="Compile the engine again.",
             )
 
@@ -244,7 +266,7 @@ class LoadedEngine:
             return self._engine.create_execution_context_without_device_memory()
         return self._engine.create_execution_context(strategy.USER_MANAGED)
 
-    def shape(self, context: Any, batch: int, budget: int, addresses: Mapping[str, int]) -> None:
+    def shape(self, context: Any, sizes: AxisSizes, addresses: Mapping[str, int]) -> None:
         """Give a context its shapes and the addresses of all tensors; the budget is read from its host address now.
 
         Raises:
@@ -254,18 +276,18 @@ class LoadedEngine:
         for name, address in addresses.items():
             if not context.set_tensor_address(name, address):
                 raise self._refusal(f"takes no address for {name}")
-        for name in INPUTS:
+        for name in self.inputs:
             tensor = self.tensors[name]
-            if -1 in tensor.shape and not context.set_input_shape(name, tensor.sized(batch, budget)):
-                raise self._refusal(f"refuses {batch} images at budget {budget}")
+            if -1 in tensor.shape and not context.set_input_shape(name, tensor.sized(sizes)):
+                raise self._refusal(f"refuses {sizes_text(sizes)}")
         try:
             missing = list(context.infer_shapes())
         except RuntimeError as error:  # what the bindings make of a refusal
-            raise self._refusal(f"cannot tell the shapes of {batch} images at budget {budget}") from error
+            raise self._refusal(f"cannot tell the shapes of {sizes_text(sizes)}") from error
         if missing:
             raise self._refusal(f"does not know the shapes of {', '.join(missing)}")
         for name in OUTPUTS:
-            got, wanted = tuple(context.get_tensor_shape(name)), self.tensors[name].sized(batch, budget)
+            got, wanted = tuple(context.get_tensor_shape(name)), self.tensors[name].sized(sizes)
             if got != wanted:
                 raise EngineError(f"the engine '{self.label}' gives {name} the shape {got}, expected {wanted}.")
 
@@ -285,13 +307,20 @@ class LoadedEngine:
 
 
 def profiles_text(profiles: Sequence[ShapeProfile]) -> str:
-    """Like "batch 1..4 at budget 1..576; batch 8..8 at budget 64..64"."""
+    """Like "batch 1..4 at budget 1..576; batch 8..8 at budget 64..64"; of packed graphs with the further axes."""
     return "; ".join(
         f"batch {profile.batch[0]}..{profile.batch[2]} at budget {profile.budget[0]}..{profile.budget[2]}"
+        + "".join(f", {axis.name} {axis.span[0]}..{axis.span[2]}" for axis in profile.axes)
         for profile in profiles
     )
 
 
-def profile_for(profiles: Sequence[ShapeProfile], batch: int, budget: int) -> int | None:
-    """The first profile that holds the shape."""
-    return next((index for index, profile in enumerate(profiles) if profile.holds(batch, budget)), None)
+def sizes_text(sizes: AxisSizes) -> str:
+    """Like "2 images at budget 64"; of packed graphs "2 rows at budget 64, views 10, tokens 2304"."""
+    further = "".join(f", {name} {size}" for name, size in sizes.further)
+    return f"{sizes.batch} {'rows' if further else 'images'} at budget {sizes.budget}{further}"
+
+
+def profile_for(profiles: Sequence[ShapeProfile], sizes: AxisSizes) -> int | None:
+    """The first profile that holds the sizes."""
+    return next((index for index, profile in enumerate(profiles) if profile.holds(sizes)), None)

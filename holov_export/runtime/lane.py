@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from holov_export.engine import AxisSizes
 from holov_export.errors import EngineError, EnvironmentFaultError, HolovExportError
 from holov_export.runtime.device_array import CudaArray, device_view
 from holov_export.runtime.device_memory import CudaApi
 from holov_export.runtime.device_tokens import DeviceTokens, OutputSlot, device_tokens
 from holov_export.runtime.engine_context import LoadedEngine
 from holov_export.runtime.host_arrays import bfloat16_bits, float32_from_bits, host_view
+from holov_export.runtime.packing import NamedArray
 from holov_export.runtime.runner import RunTimes
 from holov_export.signature import BUDGET, COUNTS, OUTPUTS, PIXEL_VALUES, POSITIONS, QUOTA, SALIENCY, VISUAL_TOKENS
 from holov_export.tensors import FloatArray, Int64Array, VisualTokens
@@ -28,11 +30,31 @@ _BUDGET_BYTES = 8
 
 
 class Shape(NamedTuple):
-    """What a run looks like to the engine: the index of the profile, B and K."""
+    """What a run looks like to the engine: the index of the profile, and how long all dynamic axes are."""
 
     profile: int
-    batch: int
-    budget: int
+    sizes: AxisSizes
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a run is fed.
+
+    Attributes:
+        pixels: in host memory or on the device.
+        quota: int64 [B].
+        further: of packed graphs, the other inputs but the budget.
+    """
+
+    pixels: Pixels
+    quota: Int64Array
+    further: tuple[NamedArray, ...] = ()
+
+    @property
+    def on_host(self) -> tuple[NamedArray, ...]:
+        """All that is in host memory."""
+        own = (NamedArray(QUOTA, self.quota), *self.further)
+        return (NamedArray(PIXEL_VALUES, self.pixels), *own) if isinstance(self.pixels, np.ndarray) else own
 
 
 @dataclass
@@ -77,7 +99,7 @@ class Lane:
         self._last: OutputSlot | None = None
         self._lent_pixels: CudaArray | None = None
         self._sizes = {
-            name: max(tensor.bytes_for(profile.batch[2], profile.budget[2]) for profile in engine.profiles)
+            name: max(tensor.bytes_for(profile.corners[2]) for profile in engine.profiles)
             for name, tensor in engine.tensors.items()
         }
         with ExitStack() as stack:
@@ -86,12 +108,10 @@ class Lane:
             self._marks = [self._own(cuda.create_event(), cuda.destroy_event) for _ in range(4)]
             self._handed_in = self._own(cuda.create_event(), cuda.destroy_event)
             self._scratch = self._own(cuda.allocate(max(engine.scratch_bytes, 1)), cuda.free)
-            self._inputs = {
-                name: self._own(cuda.allocate(self._sizes[name]), cuda.free) for name in (PIXEL_VALUES, QUOTA)
-            }
+            fed = [name for name in engine.inputs if name != BUDGET]
+            self._inputs = {name: self._own(cuda.allocate(self._sizes[name]), cuda.free) for name in fed}
             self._staging = {
-                name: self._own(cuda.allocate_pinned(self._sizes[name]), cuda.free_pinned)
-                for name in (PIXEL_VALUES, QUOTA, *OUTPUTS)
+                name: self._own(cuda.allocate_pinned(self._sizes[name]), cuda.free_pinned) for name in (*fed, *OUTPUTS)
             }
             self._slots.append(self._new_slot())
             self._stack = stack.pop_all()
@@ -107,20 +127,20 @@ class Lane:
     def device_bytes(self) -> int:
         """Device memory that the lane holds, without what TensorRT keeps for its contexts."""
         outputs = sum(self._sizes[name] for name in OUTPUTS) * len(self._slots)
-        return outputs + self._sizes[PIXEL_VALUES] + self._sizes[QUOTA] + self._engine.scratch_bytes
+        return outputs + sum(self._sizes[name] for name in self._inputs) + self._engine.scratch_bytes
 
     # ------------------------------------------------------------------------------------------------ runs
 
     def run(
-        self, pixels: Pixels, quota: Int64Array, shape: Shape, *, saliency: bool, stream: int | None = None
+        self, feed: Feed, shape: Shape, *, saliency: bool, stream: int | None = None
     ) -> tuple[VisualTokens, RunTimes]:
         """Run, wait, and copy the result to the host. `stream` is the one that writes pixels on the device."""
         began = perf_counter()
         wanted = [name for name in OUTPUTS if saliency or name != SALIENCY]
         with self._slot() as slot:
-            self._enqueue(pixels, quota, shape, slot, stream)
+            self._enqueue(feed, shape, slot, stream)
             for name in wanted:
-                size = self._engine.tensors[name].bytes_for(shape.batch, shape.budget)
+                size = self._engine.tensors[name].bytes_for(shape.sizes)
                 self._cuda.copy(self._staging[name], slot.addresses[name], size, self._stream)
             self._cuda.record(self._marks[3], self._stream)
             self._cuda.record(slot.written, self._stream)
@@ -133,14 +153,12 @@ class Lane:
         visual = VisualTokens(arrays[VISUAL_TOKENS], arrays[POSITIONS], arrays[COUNTS], arrays.get(SALIENCY))
         return visual, RunTimes(host, *steps)
 
-    def run_on_device(
-        self, pixels: Pixels, quota: Int64Array, shape: Shape, *, stream: int | None = None
-    ) -> DeviceTokens:
+    def run_on_device(self, feed: Feed, shape: Shape, *, stream: int | None = None) -> DeviceTokens:
         """Enqueue a run and return at once; the result stays on the device."""
         with self._slot() as slot:
-            self._enqueue(pixels, quota, shape, slot, stream)
+            self._enqueue(feed, shape, slot, stream)
             self._cuda.record(slot.written, self._stream)
-            tokens = device_tokens(slot, self._engine.tensors, shape.batch, shape.budget)
+            tokens = device_tokens(slot, self._engine.tensors, shape.sizes)
         self._capture()
         return tokens
 
@@ -171,20 +189,18 @@ class Lane:
         with suppress(EnvironmentFaultError):  # CUDA repeats a sticky error in every call; the first is being raised
             self._cuda.wait_for_stream(self._stream)
 
-    def _enqueue(self, pixels: Pixels, quota: Int64Array, shape: Shape, slot: OutputSlot, stream: int | None) -> None:
+    def _enqueue(self, feed: Feed, shape: Shape, slot: OutputSlot, stream: int | None) -> None:
         """Put the copies and the engine's work on the stream; what the host does comes first, outside of the marks."""
         prepared = self._ready(shape, slot)
-        self._stage(QUOTA, shape, quota)
-        writer = None
-        if isinstance(pixels, np.ndarray):
-            self._stage(PIXEL_VALUES, shape, pixels)
-            source = self._staging[PIXEL_VALUES]
-        else:
-            source, writer = self._after_writer(pixels, stream)
+        sources, writer = dict(self._staging), None
+        for array in feed.on_host:
+            self._stage(array.name, shape, array.values)
+        if not isinstance(feed.pixels, np.ndarray):
+            sources[PIXEL_VALUES], writer = self._after_writer(feed.pixels, stream)
         self._cuda.record(self._marks[0], self._stream)
-        for name, address in ((PIXEL_VALUES, source), (QUOTA, self._staging[QUOTA])):
-            size = self._engine.tensors[name].bytes_for(shape.batch, shape.budget)
-            self._cuda.copy(self._inputs[name], address, size, self._stream)
+        for name, target in self._inputs.items():
+            size = self._engine.tensors[name].bytes_for(shape.sizes)
+            self._cuda.copy(target, sources[name], size, self._stream)
         self._cuda.record(self._marks[1], self._stream)
         if writer is not None:
             self._cuda.stream_waits(writer, self._marks[1])  # it may write there again once we have read
@@ -197,7 +213,7 @@ class Lane:
     def _stage(self, name: str, shape: Shape, values: np.ndarray[Any, Any]) -> None:
         """Write values into pinned memory in the engine's type."""
         tensor = self._engine.tensors[name]
-        target = host_view(self._staging[name], tensor.sized(shape.batch, shape.budget), tensor.dtype)
+        target = host_view(self._staging[name], tensor.sized(shape.sizes), tensor.dtype)
         if tensor.bfloat16:
             target[...] = bfloat16_bits(values)
         else:
@@ -219,7 +235,7 @@ class Lane:
     def _fetched(self, name: str, shape: Shape) -> np.ndarray[Any, Any]:
         """An output as a new array on the host: int64 whatever the engine's integers are, float32 from bfloat16."""
         tensor = self._engine.tensors[name]
-        values = host_view(self._staging[name], tensor.sized(shape.batch, shape.budget), tensor.dtype)
+        values = host_view(self._staging[name], tensor.sized(shape.sizes), tensor.dtype)
         if tensor.bfloat16:
             return float32_from_bits(values)
         return values.astype(np.int64) if tensor.dtype.kind == "i" else values.copy()
@@ -261,10 +277,10 @@ class Lane:
         if prepared.key == key:
             return
         tensor = self._engine.tensors[BUDGET]
-        host_view(prepared.budget, (1,), tensor.dtype)[0] = shape.budget
+        host_view(prepared.budget, (1,), tensor.dtype)[0] = shape.sizes.budget
         addresses = {**self._inputs, BUDGET: prepared.budget, **slot.addresses}
         prepared.key = None
-        self._engine.shape(prepared.context, shape.batch, shape.budget, addresses)
+        self._engine.shape(prepared.context, shape.sizes, addresses)
         prepared.key = key
 
     def _capture(self) -> None:

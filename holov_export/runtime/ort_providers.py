@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from holov_export.bundle import VISION, Bundle
-from holov_export.errors import EnvironmentFaultError, StorageError, UnknownNameError
+from holov_export.bundle import Bundle
+from holov_export.errors import EnvironmentFaultError, StorageError, UnknownNameError, UsageError
 from holov_export.extras import require
 from holov_export.signature import BUDGET, PIXEL_VALUES, QUOTA
 
@@ -125,12 +125,21 @@ def tensorrt_options(bundle: Bundle, cache: Path) -> dict[str, str]:
 
     Source: onnxruntime.ai, "TensorRT Execution Provider", explicit shape range; for the shape input `budget` the three
     values are those of the input itself (tensorrt_execution_provider.cc, ApplyProfileShapesFromProviderOptions).
+
+    Raises:
+        UsageError: the graph is packed.
     """
-    vision = bundle.manifest.plan.model.vision
-    budgets = (1, max(1, round(vision.tokens / 9)), vision.tokens)
+    plan = bundle.manifest.plan
+    if plan.packed:
+        raise UsageError(
+            f"ONNX Runtime's TensorRT provider is not used for '{plan.model.name}': its pictures have unequal numbers "
+            "of tokens, and nothing says here how large they become.",
+            hint="Choose --provider cpu or cuda, or compile the bundle and ask with --engine tensorrt.",
+        )
+    budgets = (1, max(1, round(plan.tokens / 9)), plan.tokens)
 
     def shapes(at: int) -> str:
-        batch, side = TENSORRT_BATCHES[at], vision.image_size
+        batch, side = TENSORRT_BATCHES[at], plan.model.clip.image_size
         return f"{PIXEL_VALUES}:{batch}x3x{side}x{side},{BUDGET}:{budgets[at]},{QUOTA}:{batch}"
 
     return {
@@ -148,7 +157,7 @@ def _cache_folder(bundle: Bundle) -> Path:
     """$XDG_CACHE_HOME/holov-export/onnxruntime/<hash of the graph>: an engine must not outlive its graph."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     hashes = {item.path: item.sha256 for item in bundle.manifest.artifacts}
-    both = "".join(hashes.get(name, "") for name in (bundle.graph, f"{VISION}.data"))
+    both = "".join(hashes.get(name, "") for name in (bundle.graph, bundle.weights))
     key = hashlib.sha256(both.encode()).hexdigest()[:16]
     folder = base / "holov-export" / "onnxruntime" / key
     try:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from holov_export.bundle import Bundle
+from holov_export.engine import AxisSizes
 from holov_export.errors import EngineError, ImageError
 from holov_export.gpu import require_gpu
 from holov_export.runtime.device_array import CudaArray, device_view
@@ -23,8 +24,10 @@ from holov_export.runtime.device_memory import cuda_api
 from holov_export.runtime.device_tokens import DeviceTokens
 from holov_export.runtime.engine_choice import checked_engine
 from holov_export.runtime.engine_context import LoadedEngine, profile_for, profiles_text, tensorrt_module
-from holov_export.runtime.lane import Lane, LaneSettings, Shape
+from holov_export.runtime.lane import Feed, Lane, LaneSettings, Shape
 from holov_export.runtime.lane_pool import LanePool
+from holov_export.runtime.packed_parts import packed_parts
+from holov_export.runtime.packing import Spread, pictures_from_rows
 from holov_export.runtime.runner import RunTimes, checked_budget, joined, quota_array
 from holov_export.signature import PIXEL_VALUES
 from holov_export.tensors import FloatArray, PixelBatch, VisualTokens
@@ -49,7 +52,8 @@ class DeviceMemory:
 class TrtRunner:
     """One engine, loaded once. It may be called from several threads; each call has a lane of its own.
 
-    A batch above the largest of the engine's profiles is run in parts.
+    A batch above the largest of the engine's profiles is run in parts. An engine of a packed graph takes pictures and
+    clips of unequal size, as large as it was compiled for, from host memory.
 
     Attributes:
         engine: the folder and record that was chosen.
@@ -76,7 +80,8 @@ class TrtRunner:
             target: name of the engine in the bundle; None for the only one that fits this GPU and this TensorRT.
             engine: folder of an engine outside of the bundle, instead of `target`.
             saliency: what `run` does when it is not told.
-            cuda_graphs: capture a CUDA graph for each (B, K) that comes a second time.
+            cuda_graphs: capture a CUDA graph for each (B, K) that comes a second time; of a packed graph all axes
+                have to be as long as before, which pictures of one size are.
             graph_limit: so many graphs a lane at most; the least recently used one goes.
             lanes: so many runs at once; further callers wait. Each has buffers for the engine's largest shape.
             memory: "cuda-python", "torch", or "auto" for what is installed.
@@ -94,14 +99,15 @@ class TrtRunner:
         trt = tensorrt_module()
         self.engine = checked_engine(bundle, gpu, trt.__version__, target=target, folder=engine, full=verify == "full")
         self._saliency = saliency
-        self.tokens = bundle.manifest.plan.model.vision.tokens
+        self._plan = bundle.manifest.plan
+        self.tokens = self._plan.tokens
         self.name = f"tensorrt {trt.__version__} ({gpu.name}, {self.engine.record.target})"
         self._cuda = cuda_api(memory)
         self._quiet = threading.RLock()
         self._settings = LaneSettings(graph_limit if cuda_graphs else 0, self._without_graphs)
         self._times = threading.local()
         free = self._cuda.free_bytes()
-        self._loaded = LoadedEngine(trt, self.engine, onnx=bundle.vision, weight_budget=weight_budget)
+        self._loaded = LoadedEngine(trt, self.engine, bundle, weight_budget=weight_budget)
         self._engine_bytes = max(0, free - self._cuda.free_bytes())
         self._pool = LanePool(lambda: Lane(self._cuda, self._loaded, self._settings, self._quiet), max(1, lanes))
         try:
@@ -120,32 +126,64 @@ class TrtRunner:
         quota: Sequence[int] | None = None,
         *,
         saliency: bool | None = None,
+        spread: Spread = "frames",
         stream: int | None = None,
     ) -> VisualTokens:
         """See `Runner.run`; the arrays are the caller's. A bfloat16 engine's tokens come as float32.
 
         Args:
-            pixels: a batch, or [B, 3, H, W] on the device in the engine's type.
+            pixels: a batch, or [B, 3, H, W] on the device in the engine's type; of packed graphs a batch.
             stream: handle of the stream that writes pixels on the device; None for what the array says of it, and where
                 it says nothing the whole device is waited for.
 
         Raises:
             EngineError: no profile of the engine holds the shape.
         """
-        values, shapes, quotas = self._request(pixels, budget, quota)
         fetch = self._saliency if saliency is None else saliency
+        if self._plan.packed:
+            return self._run_packed(pixels, budget, quota, saliency=fetch, spread=spread)
+        values, shapes, quotas = self._request(pixels, budget, quota)
         parts: list[VisualTokens] = []
         times = RunTimes(0.0, 0.0, 0.0, 0.0)
         with self._pool.lane() as lane:
             at = 0
             for shape in shapes:
-                rows = slice(at, at + shape.batch)
-                visual, spent = lane.run(_rows(values, rows), quotas[rows], shape, saliency=fetch, stream=stream)
+                rows = slice(at, at + shape.sizes.batch)
+                feed = Feed(_rows(values, rows), quotas[rows])
+                visual, spent = lane.run(feed, shape, saliency=fetch, stream=stream)
                 parts.append(visual)
                 times += spent
-                at += shape.batch
+                at += shape.sizes.batch
         self._times.last = times
         return joined(parts)
+
+    def _run_packed(
+        self,
+        pixels: PixelBatch | CudaArray,
+        budget: int,
+        quota: Sequence[int] | None,
+        *,
+        saliency: bool,
+        spread: Spread,
+    ) -> VisualTokens:
+        """Pictures and clips of unequal size: part after part, the rows put together for each of them."""
+        budget = checked_budget(budget, self.tokens)
+        if not isinstance(pixels, PixelBatch):
+            raise ImageError(
+                "pixels of unequal pictures cannot be taken from the device.", hint="Give the batch in host memory."
+            )
+        if len(pixels):
+            self._check_pixels(pixels)
+        parts = packed_parts(pixels, quota_array(quota, budget, len(pixels)), self._plan, spread, self._loaded)
+        found: list[VisualTokens] = []
+        times = RunTimes(0.0, 0.0, 0.0, 0.0)
+        with self._pool.lane() as lane:
+            for part in parts:
+                rows, spent = lane.run(part.feed, part.shape, saliency=saliency)
+                found.append(pictures_from_rows(rows, part.inputs, part.pixels.layouts))
+                times += spent
+        self._times.last = times
+        return joined(found)
 
     def run_on_device(
         self,
@@ -157,8 +195,15 @@ class TrtRunner:
     ) -> DeviceTokens:
         """Enqueue a run and return at once; the tokens stay on the device and are the caller's until dropped.
 
-        Args, Raises: as of `run`. A batch above the engine's largest is refused: its parts would lie apart.
+        Args, Raises: as of `run`. A batch above the engine's largest is refused: its parts would lie apart. So is every
+        batch of a packed graph: the rows of its pictures are put together on the host.
         """
+        if self._plan.packed:
+            raise EngineError(
+                f"the tokens of '{self._plan.model.name}' cannot stay on the device: its pictures have unequal numbers "
+                "of tokens, and their rows are put together on the host.",
+                hint="Use run() instead.",
+            )
         values, shapes, quotas = self._request(pixels, budget, quota)
         if len(shapes) > 1:
             raise EngineError(
@@ -167,7 +212,7 @@ class TrtRunner:
                 hint="Ask for them in parts, or compile with a larger batch.",
             )
         with self._pool.lane() as lane:
-            return lane.run_on_device(values, quotas, shapes[0], stream=stream)
+            return lane.run_on_device(Feed(values, quotas), shapes[0], stream=stream)
 
     @property
     def last_times(self) -> RunTimes | None:
@@ -190,11 +235,12 @@ class TrtRunner:
         tensor = self._loaded.tensors[PIXEL_VALUES]
         values: FloatArray | CudaArray
         if isinstance(pixels, PixelBatch):
+            self._check_pixels(pixels)
             values, size = pixels.pixel_values, pixels.pixel_values.shape
         else:
             values, size = pixels, self._checked_device_pixels(pixels)
-        if tuple(size[1:]) != tensor.shape[1:]:
-            raise ImageError(f"the pixels are {tuple(size[1:])}, the engine takes {tensor.shape[1:]}.")
+            if tuple(size[1:]) != tensor.shape[1:]:
+                raise ImageError(f"the pixels are {tuple(size[1:])}, the engine takes {tensor.shape[1:]}.")
         quotas = quota_array(quota, budget, size[0])
         shapes = self._shapes(int(size[0]), budget)
         if len(shapes) > 1 and not isinstance(values, np.ndarray):
@@ -202,6 +248,16 @@ class TrtRunner:
                 f"{size[0]} images on the device are more than the engine takes at once: {self._profiles_text()}."
             )
         return values, shapes, quotas
+
+    def _check_pixels(self, pixels: PixelBatch) -> None:
+        """Refuse pixels of another size, and those of another kind of graph."""
+        size, wanted = tuple(pixels.pixel_values.shape[1:]), self._loaded.tensors[PIXEL_VALUES].shape[1:]
+        if size != wanted:
+            raise ImageError(f"the pixels are {size}, the engine takes {wanted}.")
+        if bool(pixels.layouts) != self._plan.packed:
+            raise ImageError(
+                f"the pixels come {'with' if pixels.layouts else 'without'} layouts: they are those of another graph."
+            )
 
     def _checked_device_pixels(self, pixels: CudaArray) -> tuple[int, ...]:
         """The shape of pixels on the device, in the engine's type."""
@@ -218,17 +274,16 @@ class TrtRunner:
 
     def _shapes(self, batch: int, budget: int) -> list[Shape]:
         """How a batch is run: at once, or in parts as large as a profile holds."""
-        profiles = self._loaded.profiles
-        whole = profile_for(profiles, batch, budget)
-        if whole is not None:
-            return [Shape(whole, batch, budget)]
-        largest = max((item.batch[2] for item in profiles if item.holds(item.batch[2], budget)), default=0)
-        for sizes in _divisions(batch, largest):
-            chosen = [profile_for(profiles, size, budget) for size in sizes]
+        profiles, whole = self._loaded.profiles, AxisSizes(batch, budget)
+        held = profile_for(profiles, whole)
+        if held is not None:
+            return [Shape(held, whole)]
+        largest = max((item.batch[2] for item in profiles if item.holds(AxisSizes(item.batch[2], budget))), default=0)
+        for division in _divisions(batch, largest):
+            parts = [AxisSizes(size, budget) for size in division]
+            chosen = [profile_for(profiles, sizes) for sizes in parts]
             if None not in chosen:
-                return [
-                    Shape(index, size, budget) for index, size in zip(chosen, sizes, strict=True) if index is not None
-                ]
+                return [Shape(index, sizes) for index, sizes in zip(chosen, parts, strict=True) if index is not None]
         raise EngineError(
             f"the engine '{self.engine.record.target}' has no profile for {batch} images at budget {budget}: "
             f"{self._profiles_text()}.",

@@ -12,6 +12,7 @@ there when time runs out:
     shapes      its profiles at their corners and between, without a rebuild
     bench       all engines in interleaved rounds at each batch, the pruned one without CUDA graphs as well
     callers     several threads over one runner
+    packed      then the bundles of graphs that see pictures of unequal size, each family by itself
 
 The file is replaced as a whole after every step; a step that fails is noted in it and the others go on. Each engine is
 built by a process of its own, so that a crash of TensorRT's builder, or a build without end, loses that engine only.
@@ -33,10 +34,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from packed import by_family, check_packed
+from pictures import pictures
 from steps import Steps, numbers
 
-from holov_export.bundle import ENGINES, Bundle, open_bundle
-from holov_export.compile.compilation import CompileOptions
+from holov_export.bundle import Bundle, open_bundle
+from holov_export.compile.compilation import CompileOptions, engine_folder, engine_label
 from holov_export.compile.engine_from_onnx import engine_from_bundle
 from holov_export.engine import LAYERS, RECORD, Engine, read_engine
 from holov_export.errors import HolovExportError
@@ -77,9 +80,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
     parser.add_argument("--here", action="store_true", help="build in this process, not in one of its own")
     parser.add_argument("--build-like", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--part", default="image", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.build_like is not None:  # the child of `build_in_child`
-        bundle, like = (open_bundle(folder, verify="size") for folder in (options.bundles[0], options.build_like))
+        opened = (open_bundle(folder, verify="size") for folder in (options.bundles[0], options.build_like))
+        bundle, like = (one.of_part(options.part) for one in opened)
         try:
             build_here(bundle, like, target_from_name(options.target), options, partial(print, file=sys.stderr))
         except HolovExportError as error:
@@ -98,7 +103,17 @@ def measure(steps: Steps, options: argparse.Namespace) -> None:
     """All steps."""
     target = target_from_name(options.target)
     steps.found |= {"target": target.name, "builds": [], "parity": [], "shapes": [], "bench": []}
-    opened = [open_bundle(folder, verify="size") for folder in options.bundles]
+    found = [open_bundle(folder, verify="size") for folder in options.bundles]
+    packed = by_family(found)
+    opened = [bundle for bundle in found if not bundle.of_part(bundle.manifest.plan.parts[-1]).manifest.plan.packed]
+    if opened:
+        measure_square(steps, opened, target, options)
+    for family in packed:
+        measure_packed(steps, family, target, options)
+
+
+def measure_square(steps: Steps, opened: list[Bundle], target: EngineTarget, options: argparse.Namespace) -> None:
+    """The bundles whose pictures all have the same number of tokens."""
     opened.sort(key=lambda bundle: bundle.manifest.plan.policy.method in BLIND)
     pruned = opened[0]
     opened[1:] = sorted(opened[1:], key=lambda bundle: bundle.manifest.plan.policy.method not in BLIND)
@@ -118,10 +133,48 @@ def measure(steps: Steps, options: argparse.Namespace) -> None:
         steps.run(f"callers {built[0].folder.name}", action, needs=BENCH_SECONDS)
 
 
+def measure_packed(steps: Steps, family: list[Bundle], target: EngineTarget, options: argparse.Namespace) -> None:
+    """The bundles of one model: engines, comparison, shapes, and one benchmark of one picture at a time."""
+    family.sort(key=lambda bundle: bundle.manifest.plan.policy.method in BLIND)
+    entry = {"model": family[0].manifest.plan.model.name, "part": family[0].part, "parity": [], "shapes": []}
+    steps.found.setdefault("packed", []).append(entry)
+    built = []
+    for bundle in family:
+        action = partial(build, steps, bundle, family[0], target, options)
+        if steps.run(f"build {bundle.folder.name}", action, needs=BUILD_SECONDS) is None:
+            continue
+        built.append(bundle)
+        if bundle.manifest.plan.policy.method not in BLIND:
+            runner = partial(runner_of, target=target, options=options)
+            check_packed(steps, entry, bundle, options.reference, runner, kept_in_common)
+    if built:
+        action = partial(packed_speed, entry, built, target, options)
+        steps.run(f"bench {built[0].folder.name}", action, needs=BENCH_SECONDS)
+
+
+def packed_speed(
+    entry: dict[str, Any], built: Sequence[Bundle], target: EngineTarget, options: argparse.Namespace
+) -> None:
+    """The engines of a family side by side, on one large picture."""
+    contestants: list[Contestant] = []
+    try:
+        for bundle in built:
+            one = tensorrt_contestant(bundle, bundle.folder.name, target=target, memory=options.memory)
+            contestants.append(replace(one, profiled=bundle.manifest.plan.policy.method not in BLIND))
+        asked = BenchRequest(
+            batches=(1,), seconds=options.seconds, sustain=0.5, pictures=tuple(pictures(1, large=True))
+        )
+        entry["bench"] = _report(contestants, asked)
+    finally:
+        for one in contestants:
+            one.runner.close()
+
+
 def check(steps: Steps, bundle: Bundle, target: EngineTarget, options: argparse.Namespace) -> None:
     """Whether an engine gives what it should, as soon as it is built."""
     for path in options.reference:
-        if str(np.load(path)["method"]) == bundle.manifest.plan.policy.method:
+        reference = np.load(path)  # those of packed graphs name their model
+        if "model" not in reference and str(reference["method"]) == bundle.manifest.plan.policy.method:
             action = partial(parity, steps, bundle, target, options, path)
             steps.run(f"compare {bundle.folder.name}", action, needs=SHORT_SECONDS)
     steps.run(f"shapes {bundle.folder.name}", partial(shapes, steps, bundle, target, options), needs=SHORT_SECONDS)
@@ -129,7 +182,7 @@ def check(steps: Steps, bundle: Bundle, target: EngineTarget, options: argparse.
 
 def build(steps: Steps, bundle: Bundle, like: Bundle, target: EngineTarget, options: argparse.Namespace) -> Engine:
     """The engine, and what it took."""
-    folder = bundle.folder / ENGINES / target.name
+    folder = engine_folder(bundle.folder, engine_label(target.name, bundle), CompileOptions())
     messages: list[str] = []
     if not (options.keep and (folder / RECORD).is_file()):
         if options.here:
@@ -160,7 +213,8 @@ def build_here(
 def build_in_child(bundle: Bundle, like: Bundle, options: argparse.Namespace, seconds: float) -> list[str]:
     """The same in a process of its own, for so many seconds at most. Returns what it said."""
     line = [sys.executable, __file__, str(bundle.folder), "--build-like", str(like.folder), "--target", options.target]
-    line += ["--json", str(options.json)] + (["--level", str(options.level)] if options.level is not None else [])
+    line += ["--part", bundle.part, "--json", str(options.json)]
+    line += ["--level", str(options.level)] if options.level is not None else []
     line += [word for profile in options.profile for word in ("--profile", profile)]
     line += ["--prefer"] if options.prefer else []
     try:

@@ -3,12 +3,15 @@
 
     scripts/gpu/prepare --work DIR               LLaVA-1.5-7B's vision side at true size, random weights
     scripts/gpu/prepare --work DIR --size tiny   a model of some hundred kilobytes, to rehearse
+    scripts/gpu/prepare --work DIR --families llava-next-7b,qwen2.5-vl-7b    these as well, at true size some minutes
+                                                 and 2 GB each; not by default
 
 Writes into DIR:
 
     bundles/holov-PRECISION  scope-  plain-  uniform-      what `measure` builds engines from
     reference-holov.npz  reference-scope.npz               pixels, and per budget what the float32 graph gives in ONNX
                                                            Runtime on the CPU
+    bundles/FAMILY-holov-PRECISION  FAMILY-plain-          of each further family, and reference-FAMILY.npz
     prepare.json             steps, times, sizes
 
 Random weights have a peaky CLS row by construction (see make_sparse_checkpoint), so quotas differ between crops, but
@@ -28,30 +31,37 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "tests")]
 
-from steps import Steps, numbers  # noqa: E402
+from pictures import pixels_of  # noqa: E402
+from steps import Steps, names, numbers  # noqa: E402
 
 from holov_export.bundle import Bundle, open_bundle  # noqa: E402
 from holov_export.pipeline import export_bundle  # noqa: E402
 from holov_export.policies import policy_from_settings  # noqa: E402
 from holov_export.request import ExportRequest  # noqa: E402
-from holov_export.runtime.preprocess import pixels_from_images  # noqa: E402
+from holov_export.runtime.runner import joined  # noqa: E402
 from holov_export.runtime.runner_ort import OrtRunner  # noqa: E402
 from holov_export.spec import Precision  # noqa: E402
-from holov_export.tensors import PixelBatch  # noqa: E402
 from holov_export.verify.baselines import BASELINES, baseline_of  # noqa: E402
 from holov_export.verify.bench_engines import DEFAULT_SHARES  # noqa: E402
-from holov_export.verify.pictures import default_pictures  # noqa: E402
 
 #: the rules that engines are built of; the first is what is compared with the baselines
 METHODS = ("holov", "scope")
+#: further models, as `make_sparse_checkpoint` names them, and the tiny ones of the tests
+FAMILIES = {"llava-next-7b": "llava_next", "qwen2.5-vl-7b": "qwen2_5_vl", "video-llava-7b": "video_llava"}
+#: pictures, and shares of their tokens, in the reference of a further family: their towers take long on a CPU
+FEW_PICTURES, FEW_SHARES = 3, ((1, 3), (1, 9))
 
 
-def write_checkpoint_of_size(size: str, folder: Path) -> None:
-    """A LLaVA directory with random weights: true size (14 GB of which the language model is a hole) or tiny."""
+def write_checkpoint_of_size(size: str, folder: Path, family: str = "") -> None:
+    """A directory with random weights: true size (14 GB of which the language model is a hole) or tiny."""
     if size == "true":
-        from make_sparse_checkpoint import write_checkpoint
+        from make_sparse_checkpoint import DEFAULT, write_checkpoint
 
-        write_checkpoint(folder)
+        write_checkpoint(folder, name=family or DEFAULT)
+    elif family:
+        from family_checkpoints import write_family
+
+        write_family(folder, FAMILIES[family])
     else:
         from checkpoints import write_checkpoint as write_tiny
 
@@ -72,40 +82,41 @@ def export(checkpoint: Path, output: Path, precision: Precision, method: str) ->
     return export_bundle(request)[0]
 
 
-def pictures_of(bundle: Bundle, count: int) -> PixelBatch:
-    """`count` different pictures: the default ones, then mirrored and turned ones."""
-    known = [picture for _, picture in default_pictures()]
-    made = [known[index % len(known)].rotate(90 * (index // len(known)), expand=True) for index in range(count)]
-    return pixels_from_images(made, bundle.manifest.plan.model.image)
-
-
 def write_reference(bundle: Bundle, path: Path, pictures: int, budgets: tuple[int, ...]) -> dict[str, Any]:
-    """Run the float32 graph on the CPU, two pictures at a time, at every budget."""
-    pixels = pictures_of(bundle, pictures)
-    method = bundle.manifest.plan.policy.method
-    arrays: dict[str, Any] = {"pixels": pixels.pixel_values, "budgets": np.array(budgets), "method": method}
+    """Run the float32 graph on the CPU, two pictures at a time, at every budget.
+
+    Packed pixels are not written: `measure` makes them again, with their layouts. Their budgets, where none are named,
+    are shares of the largest picture's tokens.
+    """
+    pixels = pixels_of(bundle, pictures)
+    method, packed = bundle.manifest.plan.policy.method, bundle.manifest.plan.packed
+    if packed and not budgets:
+        budgets = _shares(max(layout.tokens for layout in pixels.layouts), FEW_SHARES)
+    arrays: dict[str, Any] = {"budgets": np.array(budgets), "method": method, "pictures": pictures}
+    arrays |= {"model": bundle.manifest.plan.model.family} if packed else {"pixels": pixels.pixel_values}
     with OrtRunner(bundle, provider="cpu") as runner:
         for budget in budgets:
-            parts = []
-            for start in range(0, pictures, 2):
-                few = slice(start, start + 2)
-                part = PixelBatch(pixels.pixel_values[few], pixels.boxes[few], pixels.sizes[few])
-                parts.append(runner.run(part, budget, saliency=True))
+            found = joined([runner.run(pixels.part(at, at + 2), budget, saliency=True) for at in range(0, pictures, 2)])
             arrays |= {
-                f"tokens_{budget}": np.concatenate([part.tokens for part in parts]),
-                f"positions_{budget}": np.concatenate([part.positions for part in parts]),
-                f"counts_{budget}": np.concatenate([part.counts for part in parts]),
+                f"tokens_{budget}": found.tokens,
+                f"positions_{budget}": found.positions,
+                f"counts_{budget}": found.counts,
+                "saliency": found.saliency,
             }
-            arrays["saliency"] = np.concatenate([part.saliency for part in parts if part.saliency is not None])
         name = runner.name
     np.savez(path, **arrays)
     return {
         "method": method,
+        "model": bundle.manifest.plan.model.name,
         "engine": name,
         "pictures": pictures,
         "budgets": list(budgets),
         "bytes": path.stat().st_size,
     }
+
+
+def _shares(tokens: int, shares: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(max(1, round(tokens * over / under)) for over, under in shares))
 
 
 def main() -> int:
@@ -116,9 +127,18 @@ def main() -> int:
     parser.add_argument("--budgets", type=numbers, default=(), help="of the reference (all, a third, 2/9, a ninth)")
     parser.add_argument("--pictures", type=int, default=8, help="in the reference (8)")
     parser.add_argument("--minutes", type=float, default=8.0, help="no step begins after them (8)")
+    parser.add_argument("--families", type=names, default=(), help=f"further models: {', '.join(FAMILIES)}; comma")
     options = parser.parse_args()
+    unknown = [name for name in options.families if name not in FAMILIES]
+    if unknown:
+        parser.error(f"unknown family '{unknown[0]}'; known: {', '.join(FAMILIES)}")
     steps = Steps(options.work / "prepare.json", options.minutes)
     prepare(steps, options.work, options.size, Precision(options.precision), options.budgets, options.pictures)
+    for family in options.families:
+        prepare_family(steps, options.work, options.size, Precision(options.precision), family)
+    made = [open_bundle(path, verify="size") for path in sorted((options.work / "bundles").iterdir())]
+    steps.found["bundle_bytes"] = {one.folder.name: sum(item.bytes for item in one.manifest.artifacts) for one in made}
+    steps.write()
     for entry in steps.failed:
         print(f"{entry['outcome']}: {entry['step']}: {entry['reason']}", file=sys.stderr)
     return 1 if steps.failed else 0
@@ -139,8 +159,7 @@ def prepare(steps: Steps, work: Path, size: str, precision: Precision, budgets: 
 
     def reference(method: str) -> None:
         whole = export(checkpoint, work / "reference-fp32", Precision.FP32, method)
-        tokens = whole.manifest.plan.model.vision.tokens
-        chosen = budgets or tuple(dict.fromkeys(max(1, round(tokens * a / b)) for a, b in DEFAULT_SHARES))
+        chosen = budgets or _shares(whole.manifest.plan.tokens, DEFAULT_SHARES)
         said = write_reference(whole, work / f"reference-{method}.npz", pictures, chosen)
         steps.found["references"].append(said)
         shutil.rmtree(work / "reference-fp32")
@@ -152,9 +171,28 @@ def prepare(steps: Steps, work: Path, size: str, precision: Precision, budgets: 
         steps.run(f"the reference of {method}", partial(reference, method))
         for kind in BASELINES if number == 0 else ():
             steps.run(f"export {kind}-{precision.value}", partial(baseline, kind))
-    made = [open_bundle(path, verify="size") for path in sorted(bundles.iterdir())]
-    steps.found["bundle_bytes"] = {one.folder.name: sum(item.bytes for item in one.manifest.artifacts) for one in made}
-    steps.write()
+
+
+def prepare_family(steps: Steps, work: Path, size: str, precision: Precision, family: str) -> None:
+    """A pruned and a plain bundle of a further family, and what its packed float32 graph gives."""
+    checkpoint, pruned = work / "checkpoint" / family, work / "bundles" / f"{family}-{METHODS[0]}-{precision.value}"
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def plain() -> Bundle:
+        out = pruned.with_name(f"{family}-plain-{precision.value}")
+        return baseline_of(open_bundle(pruned, verify="size"), checkpoint, out, overwrite=True, verify=size == "tiny")
+
+    def reference() -> None:
+        whole = export(checkpoint, work / "reference-fp32", Precision.FP32, METHODS[0])
+        packed = whole.of_part(whole.manifest.plan.parts[-1])
+        steps.found["references"].append(write_reference(packed, work / f"reference-{family}.npz", FEW_PICTURES, ()))
+        shutil.rmtree(work / "reference-fp32")
+
+    steps.run(f"write the checkpoint of {family}", partial(write_checkpoint_of_size, size, checkpoint, family))
+    steps.run(f"export {pruned.name}", partial(export, checkpoint, pruned, precision, METHODS[0]))
+    steps.run(f"the reference of {family}", reference)
+    steps.run(f"export {family}-plain-{precision.value}", plain)
+    shutil.rmtree(checkpoint, ignore_errors=True)  # the weights of its tower are in the bundles
 
 
 if __name__ == "__main__":

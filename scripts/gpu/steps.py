@@ -77,6 +77,11 @@ def command() -> str:
     return shlex.join([f"scripts/gpu/{Path(sys.argv[0]).stem}", *words])
 
 
+def names(text: str) -> tuple[str, ...]:
+    """("a", "b") of "a,b", for argparse."""
+    return tuple(part.strip() for part in text.split(","))
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """(1, 4, 16) of "1,4,16", for argparse."""
     return tuple(int(part) for part in text.split(","))

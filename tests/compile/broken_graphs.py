@@ -96,7 +96,7 @@ def sequence_output() -> onnx.ModelProto:
     return model([node("SequenceConstruct", ["x"], ["y"])], outputs=[helper.make_value_info("y", kind)])
 
 
-def topk(k: Any, kind: int = FLOAT, length: int = 5000) -> onnx.ModelProto:
+def topk(k: Any, kind: int = FLOAT, length: int | str = 5000) -> onnx.ModelProto:
     """The largest k of x; k is a constant, or "budget" for an input."""
     inputs = [value("x", kind, (1, length))] + ([value("budget", INT64, (1,))] if k == "budget" else [])
     held = [] if k == "budget" else [constant("k", np.array([k]))]
@@ -261,6 +261,7 @@ CONTROLS: tuple[Control, ...] = (
     Control("float32-stays", one("MatMul", "x", "w", constants={"w": np.ones((3, 3), np.float32)}), ("11.1",)),
     Control("topk-limit", lambda: topk(3841), ALL),
     Control("topk-unbounded", lambda: topk("budget"), ALL),
+    Control("topk-of-request", lambda: topk("budget", length="tokens"), ALL[1:]),
     Control("topk-integer", lambda: topk(3, INT32), ("8.5",)),
     Control("topk-integer-rounded", lambda: topk(3, INT32), ("8.6", "8.6.2")),
     Control("einsum-form", one("Einsum", "x", equation="...i->...i"), BEFORE_10_12, "ellipsis"),

@@ -21,6 +21,7 @@ from tensorrt_standin import VERSIONS
 
 from holov_export.bundle import Bundle
 from holov_export.errors import BudgetError, EngineError, EnvironmentFaultError, ImageError
+from holov_export.runtime.lane import Feed
 from holov_export.runtime.runner_ort import OrtRunner
 from holov_export.runtime.runner_trt import TrtRunner
 from holov_export.runtime.session import Session
@@ -504,7 +505,7 @@ def test_closing_waits_for_a_run_under_way(trt: Any, bundle: Bundle, llava_spec:
             with pytest.raises(futures.TimeoutError):
                 closing.result(timeout=0.2)
             shape = runner._shapes(1, 4)[0]
-            visual, _ = lane.run(pixels_for(llava_spec, 1).pixel_values, np.array([4]), shape, saliency=False)
+            visual, _ = lane.run(Feed(pixels_for(llava_spec, 1).pixel_values, np.array([4])), shape, saliency=False)
             assert visual.counts.tolist() == [4]
         closing.result(timeout=10)
     assert trt.leaked() == []
