@@ -197,7 +197,7 @@ def graph_tensors(specs: tuple[TensorSpec, ...]) -> tuple[GraphTensor, ...]:
 
 
 def label_of(method: str, part: str) -> str:
-    """ "scope", "video", "scope-video"; empty for the default rule's graph of pictures."""
+    """What tells files of a graph apart: scope, video, scope-video; empty for pictures and the default rule."""
     return "-".join(word for word in (method, "video" if part == "video" else "") if word)
 
 

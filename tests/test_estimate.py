@@ -80,7 +80,8 @@ class TestShapes:
         assert not vision_of(llava_spec, HolovPolicy()).greedy
 
     def test_the_names_that_ship(self) -> None:
-        assert shape_names() == ("llava-1.5-7b",)
+        assert shape_names() == ("llava-1.5-13b", "llava-1.5-7b")
+        assert shape_from_name("llava-1.5-13b").vision.rows == LLAVA.vision.rows
         with pytest.raises(UnknownNameError, match="no shape of 'llava-2'"):
             shape_from_name("llava-2")
 

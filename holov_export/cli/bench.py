@@ -26,6 +26,8 @@ from holov_export.cli.options import (
 from holov_export.errors import CheckpointError
 from holov_export.extras import require
 from holov_export.pipeline import Tell, checkpoint_of
+from holov_export.runtime.media import Part
+from holov_export.runtime.preprocess import image_from
 from holov_export.runtime.runner import checked_budget
 from holov_export.targets import EngineTarget, target_from_name
 from holov_export.verify.baselines import BASELINES, baseline_of
@@ -50,8 +52,16 @@ def _engines(ctx: click.Context, param: click.Parameter, value: str) -> tuple[st
 @click.argument("bundles", nargs=-1, required=True, type=UserPath(), metavar="BUNDLE...")
 @click.option("--compare", "others", multiple=True, type=UserPath(), metavar="BUNDLE", help="Another bundle; repeat.")
 @click.option("--methods", help="Graphs of each bundle, comma separated [default: its first graph].")
+@click.option(
+    "--part",
+    type=click.Choice(["image", "video"]),
+    default="image",
+    show_default=True,
+    help="Which graph of a model that has one for images and one for clips.",
+)
 @click.option("--engine", "engines", callback=_engines, default="ort", show_default=True, help="ort, tensorrt or both.")
 @click.option("--budgets", callback=numbers, help="Budgets K [default: all tokens, a third, two ninths, a ninth].")
+@click.option("--image", "images", multiple=True, type=UserPath(), help="Measure on this picture; repeat.")
 @click.option("--batch", "batches", callback=numbers, default="1", show_default=True, help="Batch sizes B.")
 @click.option(
     "--vs",
@@ -77,8 +87,10 @@ def bench_command(
     bundles: tuple[Path, ...],
     others: tuple[Path, ...],
     methods: str | None,
+    part: Part,
     engines: tuple[str, ...],
     budgets: tuple[int, ...],
+    images: tuple[Path, ...],
     batches: tuple[int, ...],
     vs: tuple[str, ...],
     checkpoint: str | None,
@@ -105,7 +117,7 @@ def bench_command(
         raise click.UsageError("--checkpoint is for --vs only.")
     folders = (*bundles, *others)
     names = method_names(methods) if methods else []
-    _check_request(folders, names, budgets, output)
+    _check_request(folders, names, part, budgets, output)
     target = target_from_name(target_name) if target_name else None
     request = BenchRequest(
         budgets=budgets,
@@ -118,9 +130,10 @@ def bench_command(
         first_token=first_token,
         provider=provider,
         decoder_threads=threads,
+        pictures=tuple(image_from(image) for image in images),
     )
     with progress() as tell:
-        opened = _views([open_bundle(folder, verify=verify) for folder in folders], names)
+        opened = _views([open_bundle(folder, verify=verify) for folder in folders], names, part)
         with ExitStack() as stack:
             baselines = stack.enter_context(_baselines(opened, vs, checkpoint, tell))
             if "tensorrt" in engines:
@@ -138,23 +151,28 @@ def bench_command(
         OUT.print(str(path), soft_wrap=True)
 
 
-def _views(bundles: Sequence[Bundle], methods: Sequence[str]) -> list[Bundle]:
+def _views(bundles: Sequence[Bundle], methods: Sequence[str], part: Part) -> list[Bundle]:
     """Each bundle once for each graph that is named, or with its first one."""
-    return [bundle.of_method(name) for bundle in bundles for name in dict.fromkeys(methods or bundle.methods[:1])]
+    return [
+        bundle.of_method(name).of_part(part)
+        for bundle in bundles
+        for name in dict.fromkeys(methods or bundle.methods[:1])
+    ]
 
 
 def _check_request(
-    folders: Sequence[Path], methods: Sequence[str], budgets: Sequence[int], output: Path | None
+    folders: Sequence[Path], methods: Sequence[str], part: Part, budgets: Sequence[int], output: Path | None
 ) -> None:
     """Refuse what would be refused in the end, before gigabytes are hashed and minutes are spent.
 
     Raises:
-        BundleError, UnknownNameError, BudgetError, MissingExtraError, StorageError: as when the request is carried out.
+        BundleError, UnknownNameError, UsageError, BudgetError, MissingExtraError, StorageError: as when the request is
+            carried out.
     """
     for folder in folders:
         manifest = read_manifest(folder)
-        _views([Bundle(folder, manifest)], methods)
-        tokens = manifest.plan.model.vision.tokens
+        _views([Bundle(folder, manifest)], methods, part)
+        tokens = manifest.plan.of_part(part).tokens
         for budget in budgets:
             checked_budget(budget, tokens)
     if output is not None:
@@ -183,7 +201,7 @@ def _baselines(
                     )
                 output = Path(work) / str(len(made)) / f"{plan.model.name}-{kind}-{plan.precision.value}"
                 output.parent.mkdir()
-                made[key] = baseline_of(bundle, folder, output, kind=kind, tell=tell), bundle
+                made[key] = baseline_of(bundle, folder, output, kind=kind, tell=tell).of_part(bundle.part), bundle
         yield list(made.values())
 
 

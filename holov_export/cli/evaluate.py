@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,6 @@ from holov_export.cli.options import (
     bundle_argument,
     check_output,
     method_names,
-    numbers,
     provider_option,
     verify_option,
 )
@@ -32,7 +32,7 @@ from holov_export.evaluate.data import Dataset, check_pictures
 from holov_export.evaluate.formats import FORMATS, dataset_from_path
 from holov_export.evaluate.journal import open_journal
 from holov_export.evaluate.metrics import METRICS
-from holov_export.evaluate.plan import Plan, plan_from_bundle
+from holov_export.evaluate.plan import Plan, Size, plan_from_bundle
 from holov_export.evaluate.plot import plot_retention
 from holov_export.evaluate.report import (
     PLOT,
@@ -68,7 +68,7 @@ class Asked:
     bundle: Path
     data: Path
     methods: tuple[str, ...]
-    budgets: tuple[int, ...]
+    budgets: tuple[Size, ...]
     metric: str | None
     form: str
     images: Path | None
@@ -95,10 +95,30 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     return names
 
 
+def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[Size, ...]:
+    """(192, Fraction(1, 9)) of "192,1/9"; () where nothing was said."""
+    if value is None:
+        return ()
+    try:
+        found = tuple(Fraction(part) if "/" in part else int(part) for part in value.split(","))
+    except (ValueError, ZeroDivisionError):
+        words = f"'{value}' is no list of whole numbers such as 192,64 or shares such as 1/3,1/9."
+        raise click.BadParameter(words, ctx, param) from None
+    small = [size for size in found if size <= 0 or (isinstance(size, int) and size < 1)]
+    if small:
+        raise click.BadParameter(f"{small[0]} is below {'1' if isinstance(small[0], int) else '0'}.", ctx, param)
+    return tuple(dict.fromkeys(found))
+
+
 _SHARED = (
     bundle_argument,
     click.argument("data", type=UserPath()),
-    click.option("--budgets", callback=numbers, help="Budgets K [default: a third, two ninths and a ninth of N]."),
+    click.option(
+        "--budgets",
+        callback=_sizes,
+        help="Numbers of tokens, or shares such as 1/9; where pictures differ, of each one's own tokens "
+        "[default: 1/3,2/9,1/9].",
+    ),
     click.option("--methods", callback=_names, help="Rules, comma separated [default: all that the bundle holds]."),
     click.option(
         "--metric",
@@ -109,7 +129,13 @@ _SHARED = (
     click.option("--images", type=UserPath(), help="Folder of the pictures [default: the data's]."),
     click.option("--questions", type=UserPath(), help="VQAv2: the questions JSON; DATA is then the annotations."),
     click.option("--limit", type=click.IntRange(1), help="Ask the first so many questions only."),
-    click.option("--decoder", type=click.Choice(["genai", "hf"]), default="genai", show_default=True, help="Back end."),
+    click.option(
+        "--decoder",
+        type=click.Choice(["auto", "genai", "ort", "hf"]),
+        default="auto",
+        show_default=True,
+        help="Back end: as of `ask`.",
+    ),
     click.option("--checkpoint", help="For --decoder hf: directory, name or OWNER/REPO (demo: found by itself)."),
     click.option(
         "--prompt-suffix",
@@ -248,9 +274,10 @@ def settings_of(asked: Asked, bundle: Bundle) -> AskSettings:
 
     Raises:
         BundleError: the bundle has no decoder, or none is named.
+        UsageError: "genai" for a language model that it would run wrongly.
         CheckpointError: the checkpoint is not that of the bundle.
     """
-    if asked.decoder == "genai" and bundle.decoder is None:
+    if asked.decoder != "hf" and bundle.decoder is None:
         raise BundleError(
             f"the bundle '{bundle.folder.name}' was exported without a decoder.",
             hint="Export it without --no-decoder, or evaluate with --decoder hf --checkpoint DIR.",
@@ -258,9 +285,11 @@ def settings_of(asked: Asked, bundle: Bundle) -> AskSettings:
     checkpoint = checkpoint_of(bundle, asked.checkpoint) if asked.decoder == "hf" else None
     if asked.decoder == "hf" and checkpoint is None:
         raise click.UsageError("the decoder 'hf' needs the checkpoint: --checkpoint DIR")
-    return AskSettings(
+    settings = AskSettings(
         asked.decoder, checkpoint, asked.provider, asked.threads, asked.suffix.strip(), asked.max_new_tokens
     )
+    settings.back_end(bundle)  # refuses now what could not answer later
+    return settings
 
 
 def _say_what_is_to_do(plan: Plan, dataset: Dataset, missing: int) -> None:

@@ -77,6 +77,6 @@ def _like_the_evaluation(asked: Asked) -> Asked:
     if asked.overwrite or not path.is_file() or (asked.methods and asked.budgets):
         return asked
     earlier = evaluation_from_file(path)
-    methods, budgets = asked.methods or earlier.methods, asked.budgets or earlier.budgets
+    methods, budgets = asked.methods or earlier.methods, asked.budgets or earlier.sizes
     say(f"as in '{path}': {', '.join(methods)} at {', '.join(map(str, budgets))} tokens")
     return replace(asked, methods=methods, budgets=budgets)

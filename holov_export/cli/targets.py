@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import click
 
@@ -12,6 +12,7 @@ from holov_export.bundle import MANIFEST, read_manifest
 from holov_export.catalog import checkpoint_from_reference, reference_from_name
 from holov_export.cli.console import OUT, print_json, size_text, table
 from holov_export.cli.options import json_option
+from holov_export.errors import UsageError
 from holov_export.estimate.report import BudgetRow, Estimate, estimate
 from holov_export.estimate.shapes import ModelShape, shape_from_name, shape_from_spec, shape_names
 from holov_export.export.checkpoint import spec_from_checkpoint
@@ -99,6 +100,16 @@ def _facts(target: EngineTarget) -> dict[str, str]:
     return {key: value or "-" for key, value in facts.items()}
 
 
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """(1280, 960) of "1280x960"."""
+    if value is None:
+        return None
+    width, _, height = value.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise click.BadParameter(f"'{value}' is no size such as 1280x960.", ctx, param)
+    return int(width), int(height)
+
+
 @click.command(name="estimate")
 @click.argument("model", metavar="BUNDLE|MODEL")
 @click.option("--target", "target_name", required=True, help="A name of `holov-export targets`, or a path to a .toml.")
@@ -120,6 +131,13 @@ def _facts(target: EngineTarget) -> dict[str, str]:
     type=click.Choice([item.value for item in DecoderPrecision]),
     help="Of the decoder's weights [default: the bundle's, else fp16].",
 )
+@click.option(
+    "--size",
+    callback=_size,
+    metavar="WIDTHxHEIGHT",
+    help="Pixels of the picture, where they decide how many tokens it has [default: the largest].",
+)
+@click.option("--video", is_flag=True, help="Of a clip instead of a picture.")
 @json_option
 def estimate_command(
     model: str,
@@ -130,6 +148,8 @@ def estimate_command(
     text_tokens: int,
     precision: str | None,
     decoder_precision: str | None,
+    size: tuple[int, int] | None,
+    video: bool,
     as_json: bool,
 ) -> None:
     """Estimate memory and times of a model on a target.
@@ -139,7 +159,7 @@ def estimate_command(
     MODEL is a bundle, a checkpoint directory, OWNER/REPO, or a name; llava-1.5-7b needs neither files nor network.
     """
     target = target_from_name(target_name)
-    shape, seen, read = _shape_of(model)
+    shape, seen, read = _shape_of(model, size, "video" if video else "image")
     found = estimate(
         shape,
         target,
@@ -156,18 +176,28 @@ def estimate_command(
         _print_estimate(found, target)
 
 
-def _shape_of(model: str) -> tuple[ModelShape, str | None, str | None]:
-    """A model's shape, and the precisions of its vision graph and decoder where it is a bundle that has them."""
+def _shape_of(
+    model: str, size: tuple[int, int] | None, part: Literal["image", "video"]
+) -> tuple[ModelShape, str | None, str | None]:
+    """A model's shape, and the precisions of its vision graph and decoder where it is a bundle that has them.
+
+    Raises:
+        UsageError: see `shape_from_spec`; or a size or clip of a shape that ships.
+    """
     folder = Path(os.path.expanduser(model))
     if model and os.path.isfile(folder / MANIFEST):  # Path's own raises for a name that is too long
         plan = read_manifest(folder).plan
         decoder = plan.decoder.value if plan.decoder else None
-        return shape_from_spec(plan.model, plan.policy, plan.cuts), plan.precision.value, decoder
+        shape = shape_from_spec(plan.model, plan.policy, plan.cuts, size=size, part=part)
+        return shape, plan.precision.value, decoder
     if model in shape_names():
+        if size is not None or part == "video":
+            raise UsageError(f"'{model}' takes pictures only, and all have as many tokens.")
         return shape_from_name(model), None, None
     reference = reference_from_name(model)
     checkpoint = checkpoint_from_reference(reference, weights=False)
-    return shape_from_spec(spec_from_checkpoint(checkpoint.folder, reference.label), HolovPolicy()), None, None
+    spec = spec_from_checkpoint(checkpoint.folder, reference.label)
+    return shape_from_spec(spec, HolovPolicy(), size=size, part=part), None, None
 
 
 def _print_estimate(found: Estimate, target: EngineTarget) -> None:

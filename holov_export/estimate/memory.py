@@ -35,7 +35,8 @@ def memory_of(
     """
     eyes, decoder = shape.vision, shape.decoder
     table = decoder.vocab_size * decoder.width
-    seen = batch * eyes.rows * max(5 * eyes.width, 2 * eyes.width + eyes.mlp_width)
+    inner = (eyes.mlp_matrices - 1) * eyes.mlp_width
+    seen = batch * eyes.rows * max(5 * eyes.width, 2 * eyes.width + inner)
     read = batch * prompt * (4 * decoder.width + 2 * decoder.mlp_width)
     cached = 2 * decoder.layers * decoder.kv_heads * decoder.head_width
     return Memory(

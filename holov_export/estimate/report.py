@@ -205,6 +205,10 @@ def _assumptions(
         f"the runtime takes {RUNTIME_BYTES / 2**30:g} GiB; the system keeps {kept} GiB{shared}",
         "the GPU runs at its highest clocks; in a lower power mode it is slower",
     ]
+    vision = shape.vision
+    if vision.view_rows:
+        seen = f"{vision.views} views of {vision.view_rows} rows" if vision.views > 1 else f"{vision.rows} patches"
+        said.insert(1, f"the picture or clip has {vision.tokens} tokens, and the tower sees {seen}")
     if layers == "int4":
         said.insert(2, f"products with 4-bit weights reach {SHARES.weight_only:.0%} of the fp16 rate")
     if "fp32" in (precision, layers):

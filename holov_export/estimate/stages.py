@@ -16,13 +16,16 @@ def vision_seconds(machine: Machine, shape: ModelShape, form: Format, *, budget:
     vision = shape.vision
     rows = batch * vision.rows
     total = machine.product(form, rows, vision.patch_values, vision.width)
-    for entering, kept in layer_rows(vision, budget):
-        total += _vision_layer(machine, shape, form, entering=entering, kept=kept, batch=batch)
+    if vision.attends_all:
+        total += _packed_layers(machine, shape, form, budget=budget, batch=batch)
+    else:
+        for entering, kept in layer_rows(vision, budget):
+            total += _vision_layer(machine, shape, form, entering=entering, kept=kept, batch=batch)
     if budget < vision.tokens:
         total += max(1, len(vision.cuts)) * SELECTION_KERNELS * machine.shares.kernel_seconds
     if vision.greedy:
         total += _greedy_seconds(machine, shape, steps=budget, batch=batch)
-    projected = batch * (budget if vision.selects_early or vision.projects_kept else vision.tokens)
+    projected = batch * (budget if vision.selects_early or vision.projects_kept else vision.projectable)
     merged = vision.width * vision.patches_per_token
     projector = machine.product(form, projected, merged, vision.projector_inner)
     projector += machine.moved(2 * projected * vision.projector_inner, form)
@@ -64,11 +67,38 @@ def _vision_layer(machine: Machine, shape: ModelShape, form: Format, *, entering
         total += machine.product(form, every, width, 2 * width) + machine.product(form, some, width, width)
     total += machine.attention(form, kept, entering, width, width, batch=batch)
     total += machine.product(form, some, width, width)
-    total += machine.moved(5 * some * width, form, kernels=2)  # residual, norm
-    total += machine.product(form, some, width, vision.mlp_width)
-    total += machine.moved(2 * some * vision.mlp_width, form)  # activation
-    total += machine.product(form, some, vision.mlp_width, width)
-    return total + machine.moved(3 * some * width, form)  # residual
+    total += machine.moved(3 * some * width, form)  # residual
+    return total + _mlp(machine, vision, form, rows=some)
+
+
+def _packed_layers(machine: Machine, shape: ModelShape, form: Format, *, budget: int, batch: int) -> float:
+    """All layers where the last one's attention runs for all rows, and only its MLP for those of the kept tokens."""
+    vision = shape.vision
+    width, every = vision.width, batch * vision.rows
+    attention = machine.moved(2 * every * width, form)  # norm
+    attention += machine.product(form, every, width, 3 * width)
+    attention += machine.product(form, every, width, width)
+    attention += machine.moved(3 * every * width, form)  # residual
+    last = batch * budget * vision.patches_per_token if vision.selects_early else every
+    total = vision.layers * attention
+    total += (vision.layers - 1) * _mlp(machine, vision, form, rows=every) + _mlp(machine, vision, form, rows=last)
+    whole = vision.layers if not vision.window_rows else vision.full_layers
+    rows, view = vision.window_rows, vision.rows_of_view
+    total += whole * machine.attention(form, view, view, width, width, batch=batch * vision.views)
+    if whole < vision.layers:
+        windows = batch * -(-vision.rows // rows)
+        total += (vision.layers - whole) * machine.attention(form, rows, rows, width, width, batch=windows)
+    return total
+
+
+def _mlp(machine: Machine, vision: VisionShape, form: Format, *, rows: int) -> float:
+    """The second half of a layer for some rows."""
+    inner, into = vision.mlp_width, vision.mlp_matrices - 1
+    total = machine.moved(2 * rows * vision.width, form)  # norm
+    total += machine.product(form, rows, vision.width, into * inner)
+    total += machine.moved((into + 1) * rows * inner, form)  # activation
+    total += machine.product(form, rows, inner, vision.width)
+    return total + machine.moved(3 * rows * vision.width, form)  # residual
 
 
 def prefill_seconds(

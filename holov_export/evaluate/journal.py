@@ -33,7 +33,7 @@ class JournalHeader(Frozen):
 
     Attributes:
         data: hash of the dataset (`Dataset.sha256`). manifest: sha256 of the bundle's manifest.json.
-        decoder: "genai" or "hf". provider: of ONNX Runtime and of the decoder, as asked for.
+        decoder: "genai", "ort" or "hf". provider: of ONNX Runtime and of the decoder, as asked for.
         checkpoint: sha256 of its config.json, "" without one.
         suffix: what follows every question. max_new_tokens: longest answer.
     """

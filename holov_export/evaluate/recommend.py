@@ -16,10 +16,19 @@ from holov_export.errors import StorageError
 from holov_export.evaluate.data import Question
 from holov_export.evaluate.plan import Cell, Plan
 from holov_export.evaluate.report import Table, interval_text
-from holov_export.evaluate.results import AskInfo, BundleInfo, CellResult, DataInfo, Evaluation, MetricValue, value_of
+from holov_export.evaluate.results import (
+    AskInfo,
+    BundleInfo,
+    CellResult,
+    DataInfo,
+    Evaluation,
+    MetricValue,
+    budget_text,
+    value_of,
+)
 from holov_export.evaluate.run import AskSettings, Opened, opened_cell, shared_decoder
 from holov_export.policies import Frozen
-from holov_export.runtime.preprocess import pixels_from_images
+from holov_export.runtime.preprocess import pixels_from_pictures
 from holov_export.tensors import SamplingSettings, Timings
 from holov_export.verify.bench import Case, measure, warm_up
 from holov_export.verify.machine import Machine, utc_now
@@ -49,6 +58,7 @@ class Candidate(Frozen):
     """A rule at a budget.
 
     Attributes:
+        own_share: as of `CellResult`.
         value: of the metric. retention: its ratio to the unpruned run. loyalty: same answers as the unpruned run.
         latency: None for rules inside the language model of transformers, which no bundle holds.
         keeps: the lower end of the retention's interval is at least what was asked for.
@@ -56,6 +66,7 @@ class Candidate(Frozen):
 
     method: str
     budget: int
+    own_share: str | None = None
     value: MetricValue
     retention: MetricValue
     loyalty: MetricValue
@@ -139,7 +150,7 @@ def latencies_of(
     """
     cells = [cell for cell in plan.to_ask() if not cell.inner]
     times = {cell.asked: _Times() for cell in cells}
-    pixels = pixels_from_images([question.picture.read()], bundle.manifest.plan.model.image)
+    pixels = pixels_from_pictures([question.picture.read()], bundle.manifest.plan.model)
     with ExitStack() as stack:
         lent = stack.enter_context(shared_decoder(bundle, settings))
         graphs = {
@@ -224,6 +235,7 @@ def _candidate(cell: CellResult, metric: str, latency: Latency | None, retain: f
     return Candidate(
         method=cell.method,
         budget=cell.budget,
+        own_share=cell.own_share,
         value=value,
         retention=retention,
         loyalty=loyalty,
@@ -268,7 +280,7 @@ def _row(item: Candidate, found: Recommendation) -> list[str]:
         verdict = ""
     return [
         "unpruned" if item is found.unpruned else item.method,
-        str(item.budget),
+        budget_text(item.budget, item.own_share),
         interval_text(item.value),
         interval_text(item.retention),
         interval_text(item.loyalty),
@@ -283,8 +295,11 @@ def verdict_of(found: Recommendation) -> str:
     if best is None:
         return f"nothing keeps {found.retain:.1%} of {found.title}: {_nearest(found.candidates)}."
     assert best.latency is not None and best.retention.low is not None and found.unpruned.latency is not None
+    size = (
+        f"{best.budget} of {found.bundle.tokens}" if best.own_share is None else f"{best.own_share} of each picture's"
+    )
     return (
-        f"{best.method} at {best.budget} of {found.bundle.tokens} tokens keeps at least {best.retention.low:.1%} of "
+        f"{best.method} at {size} tokens keeps at least {best.retention.low:.1%} of "
         f"{found.title} (asked for: {found.retain:.1%}); first token after {best.latency.first_token:.1f} ms instead "
         f"of {found.unpruned.latency.first_token:.1f} ms."
     )
@@ -299,4 +314,5 @@ def _nearest(candidates: Sequence[Candidate]) -> str:
     if not lows:
         return "there are no intervals, because all questions are of one group or the metric is not defined"
     low, item = max(lows, key=lambda pair: pair[0])
-    return f"the most that is certain is {low:.1%}, with {item.method} at {item.budget} tokens"
+    size = budget_text(item.budget, item.own_share)
+    return f"the most that is certain is {low:.1%}, with {item.method} at {size} tokens"

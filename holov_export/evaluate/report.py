@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from holov_export.errors import StorageError, UsageError
 from holov_export.evaluate.metrics import DESCRIPTIONS
-from holov_export.evaluate.results import SCHEMA, CellResult, Evaluation, MetricValue, value_of
+from holov_export.evaluate.results import SCHEMA, CellResult, Evaluation, MetricValue, budget_text, value_of
 from holov_export.verify.bench_report import ABSENT, Rows, markdown_table
 
 JSON, MARKDOWN, PLOT = "evaluation.json", "evaluation.md", "retention.png"
@@ -87,7 +87,11 @@ def _grid(report: Evaluation, title: str, value: Callable[[CellResult], MetricVa
     """A row for each rule, a column for each budget; the unpruned run is a row of its own."""
     full = report.reference.budget
     budgets = list(dict.fromkeys((full, *report.budgets)))
-    heads = [f"{budget} ({budget / full:.1%})>" for budget in budgets]
+    shares = {cell.budget: cell.own_share for cell in report.cells}
+    heads = [
+        f"{budget_text(budget, own)}>" if (own := shares.get(budget)) else f"{budget} ({budget / full:.1%})>"
+        for budget in budgets
+    ]
     found = {(cell.method, cell.budget): value(cell) for cell in report.cells}
     rows = [["unpruned", interval_text(value(report.reference)), *([""] * (len(budgets) - 1))]]
     for method in report.methods:
@@ -98,7 +102,7 @@ def _grid(report: Evaluation, title: str, value: Callable[[CellResult], MetricVa
 
 def _differences(report: Evaluation, metric: str) -> Iterator[Table]:
     rows = [
-        [cell.method, str(cell.budget), difference_text(value_of(cell.differences, metric))]
+        [cell.method, budget_text(cell.budget, cell.own_share), difference_text(value_of(cell.differences, metric))]
         for cell in report.cells
         if cell.differences
     ]
@@ -115,7 +119,7 @@ def _kinds(report: Evaluation, metric: str) -> Iterator[Table]:
     for cell in (report.reference, *report.cells):
         name = "unpruned" if cell is report.reference else cell.method
         values = {item.kind: item.value for item in cell.kinds if item.metric == metric}
-        rows.append([name, str(cell.budget), *(_percent(values.get(kind)) for kind in kinds)])
+        rows.append([name, budget_text(cell.budget, cell.own_share), *(_percent(values.get(kind)) for kind in kinds)])
     heads = [f"{kind or 'other'}>" for kind in kinds]
     yield f"{report.title(metric)} by kind of question, %", ("", "tokens>", *heads), rows
 
@@ -154,7 +158,7 @@ def remarks_of(report: Evaluation) -> list[str]:
     if report.ask.suffix:
         said.append(f'after every question: "{report.ask.suffix}"')
     unclear = [
-        f"{cell.method} at {cell.budget}: {found.value:.1%}"
+        f"{cell.method} at {budget_text(cell.budget, cell.own_share)}: {found.value:.1%}"
         for cell in (report.reference, *report.cells)
         if (found := value_of(cell.metrics, "unclear")) is not None and found.value
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from pydantic import Field
 
 from holov_export.policies import Frozen
@@ -33,6 +35,7 @@ class CellResult(Frozen):
 
     Attributes:
         method, budget: the cell. share: budget / N.
+        own_share: "1/9", what each picture keeps of its own tokens; None where the budget is a number of tokens.
         inside: the rule prunes inside the language model; what it makes of a budget is its own affair.
         visual_tokens: that enter the language model, mean over the questions.
         layer_tokens: that a layer of the language model sees, mean over layers; compare rules inside it by this.
@@ -43,6 +46,7 @@ class CellResult(Frozen):
     method: str
     budget: int
     share: float
+    own_share: str | None = None
     inside: bool
     visual_tokens: float
     layer_tokens: float
@@ -132,6 +136,16 @@ class Evaluation(Frozen):
     @property
     def budgets(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(cell.budget for cell in self.cells))
+
+    @property
+    def sizes(self) -> tuple[int | Fraction, ...]:
+        """The budgets as they were asked for: numbers, and shares of each picture's own tokens."""
+        return tuple(dict.fromkeys(Fraction(cell.own_share) if cell.own_share else cell.budget for cell in self.cells))
+
+
+def budget_text(budget: int, own_share: str | None) -> str:
+    """A budget as tables show it: "64", "1/9 of each"."""
+    return str(budget) if own_share is None else f"{own_share} of each"
 
 
 def value_of(values: tuple[MetricValue, ...], metric: str) -> MetricValue | None:

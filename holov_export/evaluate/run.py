@@ -18,14 +18,15 @@ from holov_export.evaluate.data import Dataset, Picture, Question
 from holov_export.evaluate.inner import RefetchingDecoder, decoder_from_method
 from holov_export.evaluate.journal import Journal, JournalEntry, JournalHeader
 from holov_export.evaluate.plan import Cell, Plan
-from holov_export.runtime.decoder import Decoder, decoder_maker
-from holov_export.runtime.preprocess import pixels_from_images
+from holov_export.runtime.decoder import Decoder, decoder_maker, embedded_decoder
+from holov_export.runtime.preprocess import pixels_from_pictures
 from holov_export.runtime.runner import Runner
 from holov_export.runtime.runner_choice import runner_from_bundle
 from holov_export.runtime.session import Session
 from holov_export.runtime.stitch import prompt_encoder_from_tokenizer
+from holov_export.spec import ExportPlan, TiledImageSpec
 from holov_export.storage import sha256_of
-from holov_export.tensors import FloatArray, PixelBatch, SamplingSettings, StitchedPrompt
+from holov_export.tensors import ImageRows, PixelBatch, SamplingSettings, StitchedPrompt
 
 #: hears what is being done
 Tell = Callable[[str], None]
@@ -38,14 +39,14 @@ class AskSettings:
     """How questions are asked.
 
     Attributes:
-        decoder: "genai" or "hf"; checkpoint: directory of the weights, for "hf".
+        decoder: "auto", "genai", "ort" or "hf"; checkpoint: directory of the weights, for "hf".
         provider: of ONNX Runtime, and of the decoder where it has that.
         threads: CPU threads, None for the back ends' choice.
         suffix: a line after every question, "" for none.
         max_new_tokens: longest answer.
     """
 
-    decoder: str = "genai"
+    decoder: str = "auto"
     checkpoint: Path | None = None
     provider: str = "auto"
     threads: int | None = None
@@ -60,6 +61,15 @@ class AskSettings:
     def decoder_provider(self) -> str:
         """The TensorRT provider is one for the vision graph; decoders have none."""
         return "auto" if self.provider == "tensorrt" else self.provider
+
+    def back_end(self, bundle: Bundle) -> str:
+        """What decodes: "genai", "ort" or "hf".
+
+        Raises:
+            UsageError: "genai" for a language model that it would run wrongly.
+        """
+        spec = bundle.manifest.plan.model.decoder
+        return self.decoder if self.decoder == "hf" else embedded_decoder(self.decoder, spec)
 
     @property
     def sampling(self) -> SamplingSettings:
@@ -104,11 +114,11 @@ class Seen:
     """A picture as the decoder gets it.
 
     Attributes:
-        rows: float [count, D] each, of one picture. entering: visual tokens that enter the language model.
+        rows: of one picture. entering: visual tokens that enter the language model; None for all that its prompt has.
     """
 
-    rows: list[FloatArray]
-    entering: int
+    rows: list[ImageRows]
+    entering: int | None = None
 
 
 @dataclass(frozen=True)
@@ -120,14 +130,15 @@ class Opened:
 
     def see(self, pixels: PixelBatch, cell: Cell) -> Seen:
         """Run one picture through the graph."""
-        visual = self.runner.run(pixels, cell.graph_budget, saliency=False)
-        rows = visual.rows(0)
+        tokens = pixels.layouts[0].tokens if pixels.layouts else self.runner.tokens
+        visual = self.runner.run(pixels, cell.kept_of(tokens), saliency=False)
+        rows = [visual.of_image(0, pixels)]
         decoder = self.session.decoder
         if not isinstance(decoder, RefetchingDecoder):
-            return Seen([rows], len(rows))
+            return Seen(rows)
         kept = self.runner.run(pixels, cell.budget, saliency=False)
         decoder.kept = kept.positions[0]
-        return Seen([rows], int(kept.counts[0]))
+        return Seen(rows, int(kept.counts[0]))
 
 
 @contextmanager
@@ -160,7 +171,7 @@ def header_of(bundle: Bundle, dataset: Dataset, settings: AskSettings) -> Journa
     return JournalHeader(
         data=dataset.sha256,
         manifest=sha256_of(bundle.folder / MANIFEST),
-        decoder=settings.decoder,
+        decoder=settings.back_end(bundle),
         provider=settings.provider,
         checkpoint=sha256_of(config) if config is not None and config.is_file() else "",
         suffix=settings.suffix,
@@ -169,15 +180,16 @@ def header_of(bundle: Bundle, dataset: Dataset, settings: AskSettings) -> Journa
 
 
 def check_prompts(bundle: Bundle, dataset: Dataset, settings: AskSettings) -> None:
-    """Refuse questions that do not fit into the context with all N tokens of their picture.
+    """Refuse questions that do not fit into the context with all N tokens of the largest picture.
 
     Raises:
         PromptError: names the first one.
         MissingExtraError, BundleError: the tokenizer cannot be loaded.
     """
-    model = bundle.manifest.plan.model
-    encoder = prompt_encoder_from_tokenizer(bundle.tokenizer, model)
-    room = model.decoder.context - model.vision.tokens  # N rows take one placeholder's place, one new token follows
+    plan = bundle.manifest.plan
+    encoder = prompt_encoder_from_tokenizer(bundle.tokenizer, plan.model)
+    rows = plan.tokens + most_newlines(plan)
+    room = plan.model.decoder.context - rows  # they take one placeholder's place, one new token follows
     for question in dataset.questions:
         try:
             text = encoder.text_from_question(settings.prompt(question))
@@ -187,9 +199,17 @@ def check_prompts(bundle: Bundle, dataset: Dataset, settings: AskSettings) -> No
         if length > room:
             raise PromptError(
                 f"{question.where}: the question has {length} tokens with its prompt, and beside the "
-                f"{model.vision.tokens} of the picture there is room for {room}.",
+                f"{rows} of the {'largest ' if plan.packed else ''}picture there is room for {room}.",
                 hint="Shorten the question, or take it out.",
             )
+
+
+def most_newlines(plan: ExportPlan) -> int:
+    """Newline embeddings of the tallest picture."""
+    image = plan.model.image
+    if not plan.keeps_newlines or not isinstance(image, TiledImageSpec):
+        return 0
+    return max(height // plan.model.clip.patch_size for height, _ in image.pinpoints)
 
 
 def image_hash(data: bytes) -> str:
@@ -239,7 +259,7 @@ def ask_all(
             cells = [cell for cell in together if _missing(cell, dataset.questions, journal)]
             if not cells:
                 continue
-            tell(f"{cells[0].method} at {', '.join(str(cell.budget) for cell in cells)} tokens")
+            tell(f"{cells[0].method} at {', '.join(cell.words for cell in cells)} tokens")
             with opened_cell(bundle, cells[0], settings, lent) as opened:
                 for picture, questions in _by_picture(dataset.questions):
                     _ask_about(opened, picture, questions, cells, settings, journal, advance)
@@ -282,7 +302,7 @@ def _ask_about(
         return
     data = picture.read()
     try:
-        pixels = pixels_from_images([data], opened.session.bundle.manifest.plan.model.image)
+        pixels = pixels_from_pictures([data], opened.session.bundle.manifest.plan.model)
     except ImageError as error:
         raise ImageError(f"{questions[0].where}, '{picture.name}': {error.message}", hint=error.hint) from error
     for cell, asked in missing:
@@ -298,7 +318,7 @@ def _ask_about(
                     question=question.id,
                     image=image_hash(data),
                     text=answer.text,
-                    visual_tokens=seen.entering,
+                    visual_tokens=sum(answer.visual_tokens) if seen.entering is None else seen.entering,
                 )
             )
             advance(1)

@@ -93,7 +93,7 @@ def evaluation_from_journal(
     resamples = resamples_of([question.group for question in dataset.questions])
     scorer = _Scorer(dataset.questions, metrics, resamples, journal, plan)
     remarks = [*plan.remarks, *_remarks(dataset, plan)]
-    model = bundle.manifest.plan
+    model, decoder = bundle.manifest.plan, settings.back_end(bundle)
     return Evaluation(
         tool=f"holov-export {__version__}",
         date=utc_now(),
@@ -113,13 +113,13 @@ def evaluation_from_journal(
             name=bundle.folder.name,
             model=model.model.name,
             precision=model.precision.value,
-            decoder=model.decoder.value if model.decoder and settings.decoder == "genai" else settings.decoder,
+            decoder=model.decoder.value if model.decoder and decoder != "hf" else decoder,
             tokens=plan.tokens,
             methods=bundle.methods,
             manifest_sha256=sha256_of(bundle.folder / MANIFEST),
         ),
         ask=AskInfo(
-            decoder=settings.decoder,
+            decoder=decoder,
             provider=settings.provider,
             suffix=settings.suffix,
             max_new_tokens=settings.max_new_tokens,
@@ -194,7 +194,8 @@ class _Scorer:
         return CellResult(
             method=cell.method,
             budget=cell.budget,
-            share=round(cell.budget / self._plan.tokens, _DIGITS),
+            share=round(float(cell.share or cell.budget / self._plan.tokens), _DIGITS),
+            own_share=None if cell.share is None else str(cell.share),
             inside=cell.inner,
             visual_tokens=round(mine.visual_tokens, 2),
             layer_tokens=round(mine.visual_tokens if cell.layer_average is None else cell.layer_average, 2),

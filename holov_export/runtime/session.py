@@ -61,18 +61,19 @@ class Session:
     def __init__(
         self,
         bundle: Bundle,
-        runner: Runner,
+        runner: Runner | None,
         make_decoder: Callable[[], Decoder],
         make_runner: Callable[[Bundle], Runner] | None = None,
     ) -> None:
         """Put a session together from parts; `Session.open` is the usual way.
 
         Args:
+            runner: of the graph of images; None lets `make_runner` make it when the first image comes.
             make_decoder: is called when the first answer is asked for.
-            make_runner: makes the runner of a further graph of the bundle, when the first clip comes.
+            make_runner: makes the runner of one of the bundle's graphs when it is needed.
         """
         self.bundle = bundle
-        self._runners: dict[Part, Runner] = {bundle.part: runner}
+        self._runners: dict[Part, Runner] = {} if runner is None else {bundle.part: runner}
         self._make_decoder = make_decoder
         self._make_runner = make_runner
         self._decoder: Decoder | None = None
@@ -129,7 +130,9 @@ class Session:
                 view, engine=engine, target=target, provider=provider, threads=threads, verify=verify
             )
 
-        return cls(opened, runner or make_runner(opened), make_decoder, make_runner)
+        if runner is None and len(opened.manifest.plan.parts) == 1:  # of two towers only one may be needed
+            runner = make_runner(opened)
+        return cls(opened, runner, make_decoder, make_runner)
 
     @property
     def default_budget(self) -> int:
@@ -139,7 +142,7 @@ class Session:
     @property
     def name(self) -> str:
         """The engines at work, for people; loads the decoder."""
-        return f"{self._runners[self.bundle.part].name}, {self.decoder.name}"
+        return f"{self._runner(self.bundle.part).name}, {self.decoder.name}"
 
     @property
     def decoder(self) -> Decoder:

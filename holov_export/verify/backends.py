@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from holov_export.extras import require
-from holov_export.policies import HolovOfficialPolicy
 from holov_export.runtime.packing import GraphRow, Spread, packed_inputs, pictures_from_rows
 from holov_export.selection.reference import positions_of
 from holov_export.signature import CROPS
-from holov_export.spec import ExportPlan, Precision, QwenVisionSpec
+from holov_export.spec import ExportPlan, Precision
 from holov_export.tensors import FloatArray, Int64Array, PixelBatch, VisualTokens
 from holov_export.verify.parity import positions_only
 
@@ -100,7 +99,7 @@ def _positions_of_row(
     features: FloatArray | None,
     crops: Int64Array,
 ) -> Int64Array:
-    if isinstance(plan.policy, HolovOfficialPolicy) and isinstance(plan.model.vision, QwenVisionSpec):
+    if plan.start_counts:
         from holov_export.selection.official_qwen import official_qwen_positions
 
         return official_qwen_positions(saliency, row.layout.source, row.quota)

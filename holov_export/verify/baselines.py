@@ -14,25 +14,29 @@ from pathlib import Path
 
 from holov_export import __version__
 from holov_export.bundle import (
+    NEWLINE,
     SCHEMA,
     TOKENIZER,
+    VISION,
     Bundle,
     Manifest,
     artifacts_in,
     atomic_folder,
+    graph_file,
+    graph_tensors,
+    label_of,
     provenance,
     write_manifest,
 )
 from holov_export.errors import ParityError, UnknownNameError
 from holov_export.policies import NoSelection, UniformPolicy
-from holov_export.runtime.preprocess import pixels_from_images
 from holov_export.runtime.runner_ort import OrtRunner
 from holov_export.spec import ExportPlan, Precision
 from holov_export.tensors import VisualTokens
 from holov_export.verify.backends import CPU_PRECISIONS
 from holov_export.verify.machine import installed_libraries
 from holov_export.verify.parity import TOLERANCES, Comparison, compare
-from holov_export.verify.pictures import default_pictures
+from holov_export.verify.pictures import default_pictures, pixels_for
 
 #: name -> policy that the manifest of such a bundle names
 BASELINES: dict[str, NoSelection | UniformPolicy] = {"plain": NoSelection(), "uniform": UniformPolicy()}
@@ -50,6 +54,8 @@ def baseline_of(
 ) -> Bundle:
     """Export the encoder of a bundle once more with another selection or none, and compare the two at K = N.
 
+    A model with a tower of its own for clips gets both graphs.
+
     Args:
         bundle: a pruned one. checkpoint: directory of the weights that it was exported from.
         output: folder of the new bundle. kind: a name of `BASELINES`.
@@ -64,16 +70,22 @@ def baseline_of(
     """
     if kind not in BASELINES:
         raise UnknownNameError(f"unknown baseline '{kind}'.", hint=f"Known: {', '.join(BASELINES)}.")
-    plan = bundle.manifest.plan.model_copy(update={"policy": BASELINES[kind], "cuts": (), "also": (), "decoder": None})
+    changes = {"policy": BASELINES[kind], "cuts": (), "also": (), "decoder": None, "part": "image"}
+    plan = bundle.manifest.plan.model_copy(update=changes)
     tell(f"export the baseline '{kind}' ({plan.precision.value})")
     with atomic_folder(output, overwrite=overwrite) as work:
-        _write_graph(plan, checkpoint, work)
+        for part in plan.parts:
+            label = label_of("", part)
+            _write_graph(plan.of_part(part), checkpoint, work, graph_file(label) if label else VISION)
         shutil.copyfile(bundle.tokenizer, work / TOKENIZER)
+        if plan.keeps_newlines:
+            shutil.copyfile(bundle.folder / NEWLINE, work / NEWLINE)
+        inputs, outputs = (graph_tensors(side) for side in plan.signature)
         manifest = Manifest(
             schema_version=SCHEMA,
             plan=plan,
-            inputs=bundle.manifest.inputs,
-            outputs=bundle.manifest.outputs,
+            inputs=inputs,
+            outputs=outputs,
             artifacts=artifacts_in(work),
             provenance=provenance(__version__, {item.name: item.version for item in installed_libraries()}),
         )
@@ -81,7 +93,9 @@ def baseline_of(
         pruned = _with_plain_rows(bundle)
         if verify and pruned is not None and plan.precision in CPU_PRECISIONS:
             tell(f"compare: {kind}")
-            refuse_if_different(compare_with_pruned(Bundle(work, manifest), pruned), plan.precision)
+            for part in plan.parts:
+                sides = Bundle(work, manifest).of_part(part), pruned.of_part(part)
+                refuse_if_different(compare_with_pruned(*sides), plan.precision)
     return Bundle(output, manifest)
 
 
@@ -91,20 +105,16 @@ def _with_plain_rows(bundle: Bundle) -> Bundle | None:
     return next((view for view in views if not view.manifest.plan.policy.merges), None)
 
 
-def _write_graph(plan: ExportPlan, checkpoint: Path, work: Path) -> None:
+def _write_graph(plan: ExportPlan, checkpoint: Path, work: Path, name: str) -> None:
     from holov_export.export.onnx_from_graph import forget_graph, onnx_from_graph, save_vision
-    from holov_export.vision.clip import forget_weights, vision_from_checkpoint
-    from holov_export.vision.plain import plain_from_checkpoint
+    from holov_export.vision.families import vision_from_plan
+    from holov_export.vision.loading import forget_weights
     from holov_export.vision.weights import SafetensorsReader
 
     with SafetensorsReader(checkpoint) as reader:
-        module = (
-            plain_from_checkpoint(plan.model, reader, plan.precision)
-            if plan.policy.method == "none"
-            else vision_from_checkpoint(plan.model, plan.policy, reader, plan.precision, plan.cuts)
-        )
+        module = vision_from_plan(plan, reader)
     model = onnx_from_graph(module, plan)
-    save_vision(model, work)
+    save_vision(model, work, name)
     forget_graph(model)
     forget_weights(module)
 
@@ -112,8 +122,8 @@ def _write_graph(plan: ExportPlan, checkpoint: Path, work: Path) -> None:
 def compare_with_pruned(baseline: Bundle, pruned: Bundle) -> Comparison:
     """Both graphs at K = N on two pictures, in ONNX Runtime on the CPU: the rows must be the same."""
     plan = baseline.manifest.plan
-    pictures = [picture for _, picture in default_pictures()[-2:]]
-    pixels, tokens = pixels_from_images(pictures, plan.model.image), plan.model.vision.tokens
+    pixels = pixels_for(plan, [picture for _, picture in default_pictures()[-2:]])
+    tokens = max((layout.tokens for layout in pixels.layouts), default=plan.tokens)
     sides: list[VisualTokens] = []
     for bundle in (baseline, pruned):
         with OrtRunner(bundle, provider="cpu") as runner:

@@ -18,7 +18,8 @@ from holov_export.verify.bench_results import ContestantInfo, SelectionShare
 from holov_export.verify.bench_selection import ort_selection_share
 
 ENGINES = ("ort", "tensorrt")
-#: shares of N that are measured when no budgets are named: all, a third, two ninths and a ninth (576, 192, 128, 64)
+#: shares of N that are measured when no budgets are named: all, a third, two ninths and a ninth (576, 192, 128, 64);
+#: where pictures differ, of the largest of a batch
 DEFAULT_SHARES = ((1, 1), (1, 3), (2, 9), (1, 9))
 
 
@@ -54,17 +55,21 @@ class Contestant:
             found["device_mb"] = round(self.device_bytes() / 2**20, 1)
         return self.info.model_copy(update=found)
 
-    def budgets(self, asked: Sequence[int]) -> tuple[int, ...]:
-        """Budgets to measure it at: those asked for, or the default shares; a plain encoder has one, N.
+    def budgets(self, asked: Sequence[int], tokens: int | None = None) -> tuple[int, ...]:
+        """Budgets to measure it at: those asked for, or the default shares; a plain encoder has one, all.
+
+        Args:
+            asked: a picture that has fewer tokens keeps all of them.
+            tokens: of the largest picture at hand; None where all pictures have N.
 
         Raises:
             BudgetError: one is outside 1..N.
         """
-        tokens = self.info.tokens
+        tokens = self.info.tokens if tokens is None else tokens
         if self.is_plain:
             return (tokens,)
         chosen = asked or [max(1, round(tokens * over / under)) for over, under in DEFAULT_SHARES]
-        return tuple(dict.fromkeys(checked_budget(budget, tokens) for budget in chosen))
+        return tuple(dict.fromkeys(checked_budget(budget, self.info.tokens) for budget in chosen))
 
     def peak_tflops(self) -> float | None:
         """The target's dense rate of the bundle's precision, TFLOP/s."""
@@ -108,7 +113,7 @@ def contestant_info(
         engine_kind=kind,
         method=plan.method,
         precision=plan.precision.value,
-        tokens=plan.model.vision.tokens,
+        tokens=plan.tokens,
         graph_sha256=known or sha256_of(bundle.vision),
         load_seconds=round(load_seconds, 3),
         built_with=built_with,
@@ -125,9 +130,16 @@ def labels_of(bundles: Sequence[Bundle], engines: Sequence[str]) -> list[list[st
     unknown = [name for name in engines if name not in ENGINES]
     if unknown:
         raise UnknownNameError(f"unknown engine '{unknown[0]}'.", hint=f"Known: {', '.join(ENGINES)}.")
-    names = [f"{bundle.folder.name}{'' if bundle.is_default else f', {bundle.method}'}" for bundle in bundles]
+    names = [", ".join([bundle.folder.name, *_graph_words(bundle)]) for bundle in bundles]
     told_apart = [
         name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})"
         for index, name in enumerate(names)
     ]
     return [[f"{name}, {engine}" if len(engines) > 1 else name for engine in engines] for name in told_apart]
+
+
+def _graph_words(bundle: Bundle) -> list[str]:
+    """What tells a bundle's graph from its default one: the rule, "video", or both."""
+    if bundle.is_default:
+        return []
+    return [bundle.label or bundle.method]

@@ -229,10 +229,24 @@ def remarks_of(report: BenchReport) -> list[str]:
         said.append("no GPU times: ONNX Runtime gives none")
     if report.no_device is not None:
         said.append(f"clocks, power and device memory were not read: {report.no_device}")
+    said += _sizes_of(report)
     if report.target:
         said.append(f"peak rates are those of the target {report.target}")
     said += report.notes
     return said
+
+
+def _sizes_of(report: BenchReport) -> list[str]:
+    """How large the pictures were, of contestants whose pictures differ."""
+    found: dict[str, dict[int, int]] = {}
+    for item in report.cases:
+        if item.tokens is not None:
+            found.setdefault(item.contestant, {})[item.batch] = item.tokens
+    labels: dict[str, list[str]] = {}
+    for label, sizes in found.items():
+        said = ", ".join(f"{tokens} (B={batch})" for batch, tokens in sizes.items())
+        labels.setdefault(f"the largest picture has {said} tokens", []).append(label)
+    return [f"{', '.join(names)}: {said}" for said, names in labels.items()]
 
 
 # ---------------------------------------------------------------------------------------------------- Markdown

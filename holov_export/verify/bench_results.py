@@ -85,7 +85,8 @@ class ContestantInfo(Frozen):
     Attributes:
         label: how it is called in this report. bundle: name of its folder. engine: the runner's own name.
         engine_kind: "ort" or "tensorrt". method: of selection; "none" for a plain encoder.
-        tokens: N. graph_sha256: of the vision graph. load_seconds: from an opened bundle to a runner.
+        tokens: N, of the largest picture that the model can have. graph_sha256: of the vision graph.
+        load_seconds: from an opened bundle to a runner.
         built_with: for an engine, what built it. device_mb: MiB on the device after the run, where the runner says so.
     """
 
@@ -110,7 +111,8 @@ class CaseResult(Frozen):
         gpu: between two events on the GPU around the engine's work, without copies; None where nothing gives it.
         copies: pixels to the GPU and tokens from it, by events. host: what is left of the latency, run by run.
         images_per_second: B over the mean latency.
-        gflop_per_image: matrix products of one picture (see `operations`).
+        tokens: of the largest picture of the batch, where pictures differ; else all have the contestant's N.
+        gflop_per_image: matrix products of one picture (see `operations`), the mean of a batch.
         tflops: those over the median GPU time, or over the median latency where there is no GPU time.
         peak_share: tflops over the target's peak rate of the precision; None without a target.
         sustained: the case alone, back to back, while `device` was read.
@@ -119,6 +121,7 @@ class CaseResult(Frozen):
     contestant: str
     batch: int
     budget: int
+    tokens: int | None = None
     warm_up: WarmUp
     latency: Percentiles
     gpu: Percentiles | None = None

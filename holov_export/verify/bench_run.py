@@ -7,7 +7,6 @@ A step that fails is noted in the report and the next one goes on.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +16,12 @@ from functools import partial
 from PIL import Image
 
 from holov_export.errors import HolovExportError, UsageError
-from holov_export.runtime.decoder import Decoder, decoder_maker
-from holov_export.runtime.preprocess import pixels_from_images
-from holov_export.runtime.session import Session
-from holov_export.tensors import PixelBatch, SamplingSettings, Timings
-from holov_export.verify.bench import Case, Samples, concurrent, interleaved, measure, sustained, warm_up
+from holov_export.runtime.decoder import decoder_maker
+from holov_export.tensors import PixelBatch
+from holov_export.verify.bench import Case, Samples, concurrent, measure, sustained, warm_up
 from holov_export.verify.bench_engines import Contestant
+from holov_export.verify.bench_first_token import first_tokens
+from holov_export.verify.bench_pictures import largest_of, pixels_of
 from holov_export.verify.bench_results import (
     BenchReport,
     CaseResult,
@@ -37,13 +36,11 @@ from holov_export.verify.bench_results import (
 )
 from holov_export.verify.device_monitor import DeviceReading, Monitor, NoMonitor, monitor_of_this_machine
 from holov_export.verify.machine import this_machine, utc_now
-from holov_export.verify.operations import operations_of
-from holov_export.verify.pictures import default_pictures
+from holov_export.verify.operations_packed import operations_of_batch
 
 Tell = Callable[[str], None]
 
 PROFILED_RUNS = 5
-QUESTION = "what is shown?"
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,7 @@ class BenchRequest:
         threads: numbers of concurrent callers; empty leaves that out.
         profile: measure the selection's share. first_token: time the embedded decoder as well.
         provider, decoder_threads: of that decoder.
+        pictures: to measure on; empty for the default ones.
     """
 
     budgets: tuple[int, ...] = ()
@@ -69,6 +67,7 @@ class BenchRequest:
     first_token: bool = False
     provider: str = "auto"
     decoder_threads: int | None = None
+    pictures: tuple[Image.Image, ...] = ()
 
 
 @dataclass
@@ -105,10 +104,10 @@ def bench(
     """
     run = _Run(request, tell)
     cases = [
-        Case(one.info.label, batch, budget, partial(one.run, pixels_of(one, batch), budget))
+        Case(one.info.label, batch, budget, partial(one.run, pixels, budget))
         for one in contestants
-        for batch in request.batches
-        for budget in one.budgets(request.budgets)
+        for batch, pixels in ((batch, pixels_of(one, batch, request.pictures)) for batch in request.batches)
+        for budget in one.budgets(request.budgets, largest_of(pixels))
     ]
     warm, taken = _measured(run, cases)
     by_label = {one.info.label: one for one in contestants}
@@ -117,7 +116,8 @@ def bench(
     for case, warmth, samples in zip(warm, taken.warm, taken.samples, strict=True):
         alone, device = _alone(run, case, monitor)
         share = _share(run, by_label[case.contestant], case)
-        results.append(_case_result(by_label[case.contestant], case, warmth, samples, share, alone, device))
+        pixels = pixels_of(by_label[case.contestant], case.batch, request.pictures)
+        results.append(_case_result(by_label[case.contestant], case, pixels, warmth, samples, share, alone, device))
     targets = sorted({one.target.name for one in contestants if one.target})
     return BenchReport(
         date=utc_now(),
@@ -134,13 +134,6 @@ def bench(
         failures=tuple(run.failures),
         notes=tuple(notes),
     )
-
-
-def pixels_of(contestant: Contestant, batch: int) -> PixelBatch:
-    """B pictures as the bundle's model takes them: the default ones, over and over."""
-    pictures = [picture for _, picture in default_pictures()]
-    chosen = [pictures[index % len(pictures)] for index in range(batch)]
-    return pixels_from_images(chosen, contestant.bundle.manifest.plan.model.image)
 
 
 # ---------------------------------------------------------------------------------------------------- the steps
@@ -187,13 +180,15 @@ def _share(run: _Run, one: Contestant, case: Case) -> SelectionShare | None:
     if not run.request.profile or not one.profiled or one.is_plain:
         return None
     with run.step(f"profile: {case.contestant}, B={case.batch}, K={case.budget}"):
-        return one.selection_share(pixels_of(one, case.batch), case.budget, PROFILED_RUNS)
+        pixels = pixels_of(one, case.batch, run.request.pictures)
+        return one.selection_share(pixels, case.budget, PROFILED_RUNS)
     return None
 
 
 def _case_result(
     one: Contestant,
     case: Case,
+    pixels: PixelBatch,
     warmth: WarmUp,
     samples: Samples,
     share: SelectionShare | None,
@@ -201,20 +196,21 @@ def _case_result(
     device: DeviceReading | None,
 ) -> CaseResult:
     latency, gpu = samples.latency, samples.gpu_time
-    operations = operations_of(one.bundle.manifest.plan, case.budget)
-    tflops = operations * case.batch / ((gpu or latency).p50 / 1e3) / 1e12
+    operations = operations_of_batch(one.bundle.manifest.plan, pixels, case.budget)
+    tflops = operations / ((gpu or latency).p50 / 1e3) / 1e12
     peak = one.peak_tflops()
     return CaseResult(
         contestant=case.contestant,
         batch=case.batch,
         budget=case.budget,
+        tokens=largest_of(pixels),
         warm_up=warmth,
         latency=latency,
         gpu=gpu,
         copies=samples.copy_time,
         host=samples.host_time,
         images_per_second=round(case.batch / (latency.mean / 1e3), 3),
-        gflop_per_image=round(operations / 1e9, 3),
+        gflop_per_image=round(operations / case.batch / 1e9, 3),
         tflops=round(tflops, 4),
         peak_share=round(tflops / peak, 4) if peak else None,
         selection=share,
@@ -227,8 +223,9 @@ def _concurrency(run: _Run, contestants: Sequence[Contestant]) -> Iterator[Concu
     """Threads over one runner, at the smallest batch and each contestant's smallest budget."""
     request = run.request
     for one in contestants:
-        batch, budget = min(request.batches), min(one.budgets(request.budgets))
-        pixels = pixels_of(one, batch)
+        batch = min(request.batches)
+        pixels = pixels_of(one, batch, request.pictures)
+        budget = min(one.budgets(request.budgets, largest_of(pixels)))
         for threads in request.threads:
             calls = max(4, -(-request.rounds // threads))
             with run.step(f"{threads} threads: {one.info.label}, B={batch}, K={budget}"):
@@ -252,46 +249,13 @@ def _first_tokens(run: _Run, contestants: Sequence[Contestant]) -> Iterator[Firs
         run.failures.append(Failure(step="first token", reason="no bundle has a decoder"))
     for one in answering:
         with run.step(f"first token: {one.info.label}"):
-            decoder = decoder_maker("genai", one.bundle, run.request.provider, run.request.decoder_threads, None)()
+            request = run.request
+            decoder = decoder_maker("auto", one.bundle, request.provider, request.decoder_threads, None)()
+            budgets = one.budgets(request.budgets, largest_of(pixels_of(one, 1, request.pictures)))
             try:
-                yield from first_tokens(one, decoder, one.budgets(run.request.budgets), min(run.request.rounds, 10))
+                yield from first_tokens(one, decoder, budgets, min(request.rounds, 10), request.pictures)
             finally:
                 decoder.close()
-
-
-def first_tokens(one: Contestant, decoder: Decoder, budgets: Sequence[int], rounds: int) -> Iterator[FirstTokenResult]:
-    """Ask one question about one picture at every budget, in interleaved rounds after one round of warm-up."""
-    session = Session(one.bundle, one.runner, lambda: decoder)  # not closed: both are the caller's
-    _, picture = default_pictures()[0]
-    sampling = SamplingSettings(max_new_tokens=1)
-
-    def ask(budget: int, picture: Image.Image = picture) -> tuple[Timings, int]:
-        answer = session.ask(picture, QUESTION, budget=budget, sampling=sampling)
-        return answer.timings, answer.prompt_tokens
-
-    taken: dict[int, list[tuple[Timings, int]]] = {budget: [] for budget in budgets}
-    for budget in budgets:
-        ask(budget)
-    for budget in interleaved(budgets, rounds):
-        taken[budget].append(ask(budget))
-    for budget, answers in taken.items():
-        times = [timings for timings, _ in answers]
-        yield FirstTokenResult(
-            contestant=one.info.label,
-            budget=budget,
-            prompt_tokens=answers[0][1],
-            preprocess=_median_ms([item.preprocess for item in times]),
-            vision=_median_ms([item.vision for item in times]),
-            stitch=_median_ms([item.stitch for item in times]),
-            setup=_median_ms([item.setup for item in times]),
-            prefill=_median_ms([item.prefill for item in times]),
-            total=_median_ms([item.ttft for item in times]),
-            samples=len(times),
-        )
-
-
-def _median_ms(seconds: Sequence[float]) -> float:
-    return round(statistics.median(seconds) * 1e3, 4)
 
 
 # ---------------------------------------------------------------------------------------------------- ratios
@@ -304,16 +268,17 @@ def ratios_of(contestants: Sequence[Contestant], results: Sequence[CaseResult]) 
     for info in pruned:
         for plain in infos:
             if plain.method == "none" and plain.engine_kind == info.engine_kind:
-                yield from _ratios(results, info.label, plain.label, plain.tokens)
+                yield from _ratios(results, info.label, plain.label, whole=True)
     for info in pruned[1:]:
-        yield from _ratios(results, info.label, pruned[0].label, None)
+        yield from _ratios(results, info.label, pruned[0].label, whole=False)
 
 
-def _ratios(results: Sequence[CaseResult], label: str, baseline: str, fixed: int | None) -> Iterator[Ratio]:
-    """`fixed` is the baseline's budget, None for the same as the contestant's."""
-    known = {(item.contestant, item.batch, item.budget): item for item in results}
+def _ratios(results: Sequence[CaseResult], label: str, baseline: str, *, whole: bool) -> Iterator[Ratio]:
+    """`whole`: the baseline keeps all tokens and has no other budget; else it has the contestant's."""
+    known = {(item.batch, item.budget): item for item in results if item.contestant == baseline}
     for item in results:
-        other = known.get((baseline, item.batch, item.budget if fixed is None else fixed))
+        budget = max((at for batch, at in known if batch == item.batch), default=0) if whole else item.budget
+        other = known.get((item.batch, budget))
         if item.contestant != label or other is None:
             continue
         both_on_gpu = item.gpu is not None and other.gpu is not None and other.gpu.p50 > 0

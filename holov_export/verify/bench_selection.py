@@ -19,6 +19,7 @@ import numpy as np
 from holov_export.bundle import Bundle
 from holov_export.errors import EnvironmentFaultError
 from holov_export.extras import require
+from holov_export.runtime.packing import packed_inputs
 from holov_export.signature import BUDGET, PIXEL_VALUES, QUOTA
 from holov_export.tensors import PixelBatch
 from holov_export.verify.bench_results import SelectionShare
@@ -92,10 +93,15 @@ def ort_selection_share(
 
 def _feed(bundle: Bundle, pixels: PixelBatch, budget: int) -> dict[str, Any]:
     dtype = next(item.dtype for item in bundle.manifest.inputs if item.name == PIXEL_VALUES)
+    values, quota = np.ascontiguousarray(pixels.pixel_values, dtype=dtype), np.full(len(pixels), budget, dtype=np.int64)
+    if not pixels.layouts:
+        return {PIXEL_VALUES: values, BUDGET: np.array([budget], dtype=np.int64), QUOTA: quota}
+    packed = packed_inputs(pixels.layouts, bundle.manifest.plan, quota)
     return {
-        PIXEL_VALUES: np.ascontiguousarray(pixels.pixel_values, dtype=dtype),
-        BUDGET: np.array([budget], dtype=np.int64),
-        QUOTA: np.full(len(pixels), budget, dtype=np.int64),
+        PIXEL_VALUES: values,
+        **{array.name: array.values for array in packed.arrays},
+        BUDGET: np.array([packed.budget], dtype=np.int64),
+        QUOTA: packed.quota,
     }
 
 

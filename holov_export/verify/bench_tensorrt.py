@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from holov_export.bundle import Bundle
-from holov_export.engine import Engine, EngineRecord
+from holov_export.engine import AxisSizes, Engine, EngineRecord, ShapeProfile
 from holov_export.errors import EngineError, EnvironmentFaultError, UnknownNameError
 from holov_export.runtime.device_memory import CudaApi, cuda_api
 from holov_export.runtime.engine_choice import engines_of
 from holov_export.runtime.engine_context import LoadedEngine, profile_for, profiles_text, tensorrt_module
 from holov_export.runtime.host_arrays import bfloat16_bits
+from holov_export.runtime.lane import Feed, Shape
+from holov_export.runtime.packed_parts import packed_parts
 from holov_export.runtime.runner_trt import TrtRunner
-from holov_export.signature import BUDGET, OUTPUTS, PIXEL_VALUES, QUOTA
+from holov_export.signature import BUDGET, OUTPUTS
+from holov_export.spec import ExportPlan
 from holov_export.targets import EngineTarget, target_from_name
 from holov_export.tensors import PixelBatch
 from holov_export.verify.bench import OnDevice
@@ -115,9 +118,13 @@ def engine_for_comparison(
             + ("" if like.is_default else f" --method {like.method}"),
         )
     plan = baseline.manifest.plan
-    profiles = profile_texts(found.record, only=plan.model.vision.tokens if plan.policy.method == "none" else None)
+    only = plan.tokens if plan.policy.method == "none" else None
     chosen = target or target_from_name(found.record.target)
-    made = replace(options or CompileOptions(), profiles=profiles, batch=None, budget=None)
+    made = replace(options or CompileOptions(), batch=None, budget=None, max_tokens=None, clip_frames=None)
+    if plan.packed:
+        made = replace(made, profiles=(), shapes=packed_shapes(found.record, whole=only is not None))
+    else:
+        made = replace(made, profiles=profile_texts(found.record, only=only))
     return engine_from_bundle(baseline, chosen, made, tell=tell)
 
 
@@ -128,6 +135,16 @@ def profile_texts(record: EngineRecord, *, only: int | None) -> tuple[str, ...]:
         budget = (only,) * 3 if only is not None else profile.budget
         texts.append(f"batch={':'.join(map(str, profile.batch))},budget={':'.join(map(str, budget))}")
     return tuple(dict.fromkeys(texts))
+
+
+def packed_shapes(record: EngineRecord, *, whole: bool) -> tuple[ShapeProfile, ...]:
+    """The profiles of a packed engine; `whole`: for rows that keep all their tokens."""
+    if not whole:
+        return record.profiles
+    return tuple(
+        profile.model_copy(update={"budget": tuple(sizes.of("tokens") for sizes in profile.corners)})
+        for profile in record.profiles
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- layers
@@ -141,17 +158,19 @@ class LayerProfiler:
     ) -> None:
         """Load the plan a second time and allocate buffers. The engine was checked when its runner was made.
 
+        Frames of clips get equal quotas.
+
         Raises:
             EngineError: no profile holds the shape, or TensorRT refuses. EnvironmentFaultError: out of memory.
         """
         trt = tensorrt_module()
         self._cuda: CudaApi = cuda_api(memory)
-        self._loaded = LoadedEngine(trt, engine, onnx=bundle.vision)
+        self._loaded = LoadedEngine(trt, engine, bundle)
         self._seen: list[tuple[str, float]] = []
         self._stack = ExitStack()
         try:
             self._stream = self._own(self._cuda.create_stream(), self._cuda.destroy_stream)
-            self._context = self._context_for(trt, pixels, budget)
+            self._context = self._context_for(trt, bundle.manifest.plan, pixels, budget)
         except BaseException:
             self.__exit__()
             raise
@@ -173,20 +192,32 @@ class LayerProfiler:
         self._stack.callback(release, handle)
         return handle
 
-    def _context_for(self, trt: Any, pixels: PixelBatch, budget: int) -> Any:
+    def _shaped(self, plan: ExportPlan, pixels: PixelBatch, budget: int) -> tuple[Feed, Shape]:
+        """What a run of the whole batch is fed, and its shape."""
+        profiles, quota = self._loaded.profiles, np.full(len(pixels), budget)
+        if plan.packed:
+            parts = packed_parts(pixels, quota, plan, "frames", self._loaded)
+            if len(parts) == 1:
+                return parts[0].feed, parts[0].shape
+        else:
+            sizes = AxisSizes(len(pixels), budget)
+            chosen = profile_for(profiles, sizes)
+            if chosen is not None:
+                return Feed(pixels.pixel_values, quota), Shape(chosen, sizes)
+        raise EngineError(f"no profile holds {len(pixels)} images at budget {budget}: {profiles_text(profiles)}.")
+
+    def _context_for(self, trt: Any, plan: ExportPlan, pixels: PixelBatch, budget: int) -> Any:
         """A shaped context whose inputs are filled and whose layers are reported to `_seen`."""
-        batch, cuda, loaded = len(pixels), self._cuda, self._loaded
-        chosen = profile_for(loaded.profiles, batch, budget)
-        if chosen is None:
-            raise EngineError(f"no profile holds {batch} images at budget {budget}: {profiles_text(loaded.profiles)}.")
+        cuda, loaded = self._cuda, self._loaded
+        feed, (chosen, sizes) = self._shaped(plan, pixels, budget)
         scratch = self._own(cuda.allocate(max(1, loaded.scratch_bytes)), cuda.free)
         context = loaded.context(scratch, self._stream, chosen)
         self._stack.callback(self._drop_context)
-        values = {PIXEL_VALUES: pixels.pixel_values, QUOTA: np.full(batch, budget), BUDGET: np.array([budget])}
-        addresses = {name: self._filled(name, array) for name, array in values.items()}
+        addresses = {array.name: self._filled(array.name, array.values) for array in feed.on_host}
+        addresses[BUDGET] = self._filled(BUDGET, np.array([sizes.budget]))
         for name in OUTPUTS:
-            addresses[name] = self._own(cuda.allocate(loaded.tensors[name].bytes_for(batch, budget)), cuda.free)
-        loaded.shape(context, batch, budget, addresses)
+            addresses[name] = self._own(cuda.allocate(loaded.tensors[name].bytes_for(sizes)), cuda.free)
+        loaded.shape(context, sizes, addresses)
         context.profiler = profiler_into(trt, self._seen)
         cuda.wait_for_stream(self._stream)
         return context

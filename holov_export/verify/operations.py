@@ -1,7 +1,10 @@
 """Floating-point operations of one picture's way through a vision graph: its matrix products, counted from the sizes.
 
 A multiplication and the addition after it are two operations. What is not a matrix product (norms, activations, the
-softmax, the selection's own arithmetic) is left out; it is well under a percent of the whole.
+softmax, the selection's own arithmetic) is left out; it is well under a percent of the whole. Rules that compare all
+tokens with each other (scope, divprune, ...) do more than that.
+
+Where pictures have unequal numbers of tokens, `operations_packed` counts.
 """
 
 from __future__ import annotations
@@ -16,12 +19,17 @@ def operations_of(plan: ExportPlan, budget: int) -> int:
     A rule that decides from the CLS row alone runs the feature layer's queries, output projection and MLP, and the
     projector, for K rows. A rule that reads features runs them for all; a plain graph selects nothing. Behind a cut
     inside the tower the layers run for what the cut keeps and CLS.
+
+    Raises:
+        ValueError: the graph is packed, so it depends on the picture.
     """
+    if plan.packed:
+        raise ValueError("pictures have unequal numbers of tokens here; operations_packed counts for some of them")
     if plan.cuts:
         return _operations_with_cuts(plan, budget)
     selects = plan.policy.method != "none"
     early = selects and plan.policy.features is FeatureSource.NONE
-    tokens = plan.model.vision.tokens
+    tokens = plan.tokens
     last_rows = budget if early else tokens + 1
     late_projection = plan.policy.features is FeatureSource.PROJECTED
     return encoder_operations(
@@ -41,7 +49,7 @@ def encoder_operations(spec: ModelSpec, *, last_rows: int, projected: int, cls_r
         projected: rows that go through the projector.
         cls_row: the CLS row of the feature layer's attention is computed once more, for the saliency.
     """
-    vision = spec.vision
+    vision = spec.clip
     length, width = vision.tokens + 1, vision.width
     linear, mlp = width * width, 2 * width * vision.mlp_width
     patches = vision.tokens * vision.channels * vision.patch_size**2 * width
@@ -53,7 +61,7 @@ def encoder_operations(spec: ModelSpec, *, last_rows: int, projected: int, cls_r
 
 
 def _operations_with_cuts(plan: ExportPlan, budget: int) -> int:
-    vision, width = plan.model.vision, plan.model.decoder.width
+    vision, width = plan.model.clip, plan.model.decoder.width
     early = plan.policy.features is FeatureSource.NONE
     kept = {cut.layer: min(max(budget, cut.keep or budget), vision.tokens) for cut in plan.cuts}
     linear, mlp, rows = vision.width**2, 2 * vision.width * vision.mlp_width, vision.tokens + 1

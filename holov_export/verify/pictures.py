@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
 from holov_export.assets import data_folder
+from holov_export.runtime.preprocess import pixels_from_pictures
+from holov_export.runtime.preprocess_video import pixels_from_videos
+from holov_export.spec import ExportPlan
+from holov_export.tensors import PixelBatch
 
 
 def default_pictures() -> list[tuple[str, Image.Image]]:
@@ -19,3 +25,15 @@ def default_pictures() -> list[tuple[str, Image.Image]]:
     pictures.append(("drawn waves", Image.fromarray((waves * 255).astype(np.uint8))))
     pictures.append(("drawn noise", Image.fromarray(noise)))
     return pictures
+
+
+def pixels_for(plan: ExportPlan, pictures: Sequence[Image.Image]) -> PixelBatch:
+    """The pictures, or clips that are made of them, as the plan's graph takes them."""
+    if plan.part == "image":
+        return pixels_from_pictures(pictures, plan.model)
+    return pixels_from_videos([clip_of(picture) for picture in pictures], plan.model)
+
+
+def clip_of(picture: Image.Image) -> list[Image.Image]:
+    """Two frames: the picture, and the same turned."""
+    return [picture, picture.rotate(90)]

@@ -212,7 +212,14 @@ def test_the_cls_tokens_of_pictures_stay_in_the_tower(case: Case) -> None:
     assert case.module("holov").with_cls is (case.part == "video")
 
 
-@pytest.mark.parametrize("method", ["holov", "holov-official", "scope", "divprune", "none"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "holov",
+        "scope",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("holov-official", "divprune", "none")),
+    ],
+)
 def test_the_graph_is_the_module_at_other_sizes(method: str, case: Case, tmp_path: Path) -> None:
     plan, module = case.plan(method), case.module(method)
     model = onnx_from_graph(module, plan)
