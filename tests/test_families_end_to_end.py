@@ -28,7 +28,12 @@ from holov_export.tensors import Generation, ImageRows, SamplingSettings
 NEW_TOKENS = 12
 SETTINGS = SamplingSettings(max_new_tokens=NEW_TOKENS)
 QUESTIONS = ("what is shown in this picture?", "how many digits are there? answer in one word.")
-FAMILIES = ("llava_next", "llava_next_mistral", "qwen2_5_vl", "video_llava")
+FAMILIES = (
+    "llava_next",
+    pytest.param("llava_next_mistral", marks=pytest.mark.slow),
+    "qwen2_5_vl",
+    "video_llava",
+)
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,7 @@ def test_positions_matter(back_end: str) -> None:
 # ----------------------------------------------------------------------------------------------------- precisions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "precision", "least"),
     [
