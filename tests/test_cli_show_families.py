@@ -23,6 +23,9 @@ from holov_export.spec import Precision
 from holov_export.verify.panels import Subject, panels_from_bundle, subject_from_clip, subject_from_picture
 from holov_export.verify.picture import picture_of_panels
 
+#: several exports; scripts/test-slow runs them
+pytestmark = pytest.mark.slow
+
 Capture = pytest.CaptureFixture[str]
 FRAMES = 20
 

@@ -26,6 +26,9 @@ from holov_export.spec import DecoderPrecision, ModelSpec
 from holov_export.verify import answers
 from holov_export.verify.answers import compare_decoder, default_prompts
 
+#: several exports; scripts/test-slow runs them
+pytestmark = pytest.mark.slow
+
 CLASSES = {
     "llava_next": "LlamaForCausalLM",
     "llava_next_mistral": "MistralForCausalLM",

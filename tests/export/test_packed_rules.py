@@ -24,6 +24,9 @@ from holov_export.selection.packed import Kept, PackedSelection
 from holov_export.selection.reference import uniform_positions
 from holov_export.spec import OPSETS, Precision
 
+#: several exports; scripts/test-slow runs them
+pytestmark = pytest.mark.slow
+
 METHODS = [method for method, policy in POLICIES.items() if policy.packs] + ["none"]
 GREEDY = ["scope", "divprune", "cdpruner-unconditional"]
 NAMES = ["saliency", "features", "source", "crops", "budget", "quota"]
