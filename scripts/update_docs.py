@@ -94,6 +94,7 @@ def blocks() -> dict[str, str]:
         "graphs": graphs_block(),
         "prefill": prefill_table(),
         "true-size": true_size_table(),
+        "true-size-families": true_size_families_table(),
         "gpu": gpu_block(RESULTS),
     }
 
@@ -209,6 +210,26 @@ def true_size_table() -> str:
     note = (
         f"Vision graph of a {result['checkpoint_apparent_bytes'] / 1e9:.1f} GB directory with random weights on "
         f"{result['machine']['cpu']}, {result['date'][:10]} (`scripts/check_true_size`)."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def true_size_families_table() -> str:
+    """Time, memory and nodes of exporting the vision graphs of the other models at true size."""
+    lines = ["| model | graphs | seconds | peak memory | nodes |", "|---|---|---|---|---|"]
+    paths = sorted(RESULTS.glob("true-size-*-module.json"))
+    for path in paths:
+        result = read(path.name)
+        (row,) = result["exports"]
+        nodes = row["nodes"]
+        lines.append(
+            f"| {result['model']} | {', '.join(nodes)} | {row['seconds']:.0f} | {row['peak_rss_bytes'] / 1e9:.2f} GB | "
+            f"{' + '.join(map(str, nodes.values()))} |"
+        )
+    note = (
+        f"The `holov` graphs in fp16, random weights, without the decoder and without hashes, one run each "
+        f"on {result['machine']['cpu']}, {result['date'][:10]} "
+        "(`scripts/check_true_size --routes module --precisions fp16`)."
     )
     return "\n".join([*lines, "", note])
 
