@@ -110,7 +110,7 @@ def plan_from_bundle(
             unequal numbers of tokens.
         BudgetError: a budget outside 1..N, a share outside 0..1, or two that are the same of the largest picture.
     """
-    tokens = bundle.manifest.plan.tokens
+    tokens = bundle.manifest.plan.model.image_tokens  # of pictures: no data here has clips
     graphs = bundle.methods
     wanted = tuple(dict.fromkeys(methods)) or graphs
     for method in wanted:

@@ -188,7 +188,7 @@ def check_prompts(bundle: Bundle, dataset: Dataset, settings: AskSettings) -> No
     """
     plan = bundle.manifest.plan
     encoder = prompt_encoder_from_tokenizer(bundle.tokenizer, plan.model)
-    rows = plan.tokens + most_newlines(plan)
+    rows = plan.model.image_tokens + most_newlines(plan)
     room = plan.model.decoder.context - rows  # they take one placeholder's place, one new token follows
     for question in dataset.questions:
         try:
