@@ -174,7 +174,7 @@ class Bundle:
         inputs, outputs = (graph_tensors(side) for side in plan.signature)
         manifest = self.manifest.model_copy(update={"plan": plan, "inputs": inputs, "outputs": outputs})
         label = label_of(plan.method if plan.method != self.methods[0] else "", plan.part)
-        return replace(self, manifest=manifest, graph=graph_file(label) if label else VISION)
+        return replace(self, manifest=manifest, graph=labelled_file(label, "vision", ".onnx"))
 
     @property
     def decoder(self) -> Path | None:
@@ -199,6 +199,11 @@ def graph_tensors(specs: tuple[TensorSpec, ...]) -> tuple[GraphTensor, ...]:
 def label_of(method: str, part: str) -> str:
     """What tells files of a graph apart: scope, video, scope-video; empty for pictures and the default rule."""
     return "-".join(word for word in (method, "video" if part == "video" else "") if word)
+
+
+def labelled_file(label: str, stem: str, ending: str = "") -> str:
+    """A file or folder of the graph with a label (`label_of`): "vision.onnx", "vision-scope-video.onnx"."""
+    return graph_file(label, stem, ending) if label else f"{stem}{ending}"
 
 
 def graph_file(name: str, stem: str = "vision", ending: str = ".onnx") -> str:

@@ -25,8 +25,8 @@ from holov_export.bundle import (
     Manifest,
     artifacts_in,
     atomic_folder,
-    graph_file,
     graph_tensors,
+    labelled_file,
     provenance,
     write_manifest,
 )
@@ -98,7 +98,7 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
 def report_file(name: str, bundle: Bundle) -> str:
     """Name of a graph's report: "parity.json", "parity-scope.json"."""
     stem, ending = name.split(".")
-    return name if bundle.is_default else graph_file(bundle.label, stem, f".{ending}")
+    return labelled_file(bundle.label, stem, f".{ending}")
 
 
 def _verified(bundle: Bundle, checkpoint: Path, work: Path, tell: Tell) -> ParityReport:

@@ -59,8 +59,7 @@ from holov_export.tensors import PixelBatch  # noqa: E402
 from holov_export.verify.bench_selection import ort_selection_share  # noqa: E402
 from holov_export.verify.operations import operations_of  # noqa: E402
 from holov_export.verify.pictures import default_pictures  # noqa: E402
-from holov_export.vision.clip import vision_from_checkpoint  # noqa: E402
-from holov_export.vision.plain import plain_from_checkpoint  # noqa: E402
+from holov_export.vision.families import vision_from_plan  # noqa: E402
 
 GRAPHS = (
     *("holov", "cls-topk", "scope", "divprune", "visionzip", "dart", "cdpruner-unconditional", "holov-plus"),
@@ -113,12 +112,12 @@ def written_bundle(names: Sequence[str], spec: ModelSpec, folder: Path) -> Bundl
     )
     for graph in graphs:
         began = time.perf_counter()
-        if graph.policy.method == PLAIN:
-            model = onnx_from_graph(plain_from_checkpoint(spec, reader, Precision.FP32), plan.of_graph(graph))
+        alone = plan.of_graph(graph)
+        model = onnx_from_graph(vision_from_plan(alone, reader), alone)
+        if graph is graphs[0]:
             save_vision(model, folder)
         else:
-            module = vision_from_checkpoint(spec, graph.policy, reader, Precision.FP32, graph.cuts)
-            save_beside(onnx_from_graph(module, plan.of_graph(graph)), folder, graph_file(graph.name))
+            save_beside(model, folder, graph_file(graph.name))
         size = (folder / (VISION if graph is graphs[0] else graph_file(graph.name))).stat().st_size
         seconds = time.perf_counter() - began
         print(f"  exported {graph.name}: {seconds:.0f} s, {size / 1e3:.0f} kB", file=sys.stderr, flush=True)

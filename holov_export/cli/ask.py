@@ -28,10 +28,9 @@ from holov_export.errors import StorageError
 from holov_export.pipeline import checkpoint_of
 from holov_export.policies import POLICIES
 from holov_export.runtime.decoder import check_sampling
-from holov_export.runtime.media import check_videos
 from holov_export.runtime.packing import SPREADS, Spread
 from holov_export.runtime.preprocess import image_from
-from holov_export.runtime.preprocess_video import clip_from
+from holov_export.runtime.preprocess_video import check_takes_videos, clip_from
 from holov_export.runtime.runner import Runner, chosen_budget, default_budget, quota_array
 from holov_export.runtime.runner_choice import runner_from_bundle
 from holov_export.runtime.session import Session
@@ -179,7 +178,8 @@ def _check_request(
     largest = max(plan.of_part(part).tokens for part in plan.parts)
     chosen = chosen_budget(budget, quotas or None, largest, default_budget(plan))
     quota_array(quotas or None, chosen, len(images) + len(videos))
-    check_videos(len(videos), plan)
+    if videos:
+        check_takes_videos(plan.model)
     for image in images:
         image_from(image)
 

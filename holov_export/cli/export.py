@@ -8,7 +8,7 @@ from typing import Any, Literal
 import click
 from pydantic import ValidationError
 
-from holov_export.bundle import VISION, Bundle, graph_file, label_of
+from holov_export.bundle import Bundle, label_of, labelled_file
 from holov_export.cli.compile import engine_json, previews_json, print_engine, print_previews, target_asked
 from holov_export.cli.console import OUT, print_json, progress, say, size_text, table
 from holov_export.cli.options import UserPath, json_option, method_names
@@ -154,8 +154,8 @@ def _dry_run(request: ExportRequest, target: EngineTarget | None, as_json: bool)
     made = []
     for part in plan.parts:
         label = label_of("", part)
-        graph = graph_file(label) if label else VISION
-        folder = engine_folder(output, graph_file(label, target.name, "") if label else target.name, options)
+        graph = labelled_file(label, "vision", ".onnx")
+        folder = engine_folder(output, labelled_file(label, target.name), options)
         made.append((previews(plan.of_part(part), output, target, options, graph=graph), folder))
     if as_json:
         found = [previews_json(each, folder) for each, folder in made]

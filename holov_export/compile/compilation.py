@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from holov_export.bundle import ENGINES, Bundle, GraphTensor, graph_file, graph_tensors
+from holov_export.bundle import ENGINES, Bundle, GraphTensor, graph_tensors, labelled_file
 from holov_export.compile.lowering import OPSET_OF_TENSORRT_8
 from holov_export.compile.packed_profiles import largest_of, packed_profiles, within_memory
 from holov_export.compile.profile import profiles_from_target
@@ -212,7 +212,7 @@ def engine_folder(bundle: Path, label: str, options: CompileOptions) -> Path:
 
 def engine_label(target: str, bundle: Bundle) -> str:
     """Name of an engine's folder: the target, and the graph unless it is the bundle's default one."""
-    return target if bundle.is_default else graph_file(bundle.label, target, "")
+    return labelled_file(bundle.label, target)
 
 
 def _check_precision(precision: Precision, target: EngineTarget, tensorrt: str) -> None:

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
-from holov_export.errors import ImageError, UnknownNameError, UsageError
+from holov_export.errors import ImageError, UnknownNameError
 from holov_export.runtime.packing import SPREADS, Spread
 from holov_export.runtime.preprocess import ImageSource, pixels_from_pictures
-from holov_export.runtime.preprocess_video import VideoSource, joined_batches, pixels_from_videos
+from holov_export.runtime.preprocess_video import (
+    VideoSource,
+    check_takes_videos,
+    joined_batches,
+    pixels_from_videos,
+)
 from holov_export.runtime.runner import chosen_budget, default_budget, default_quotas, quota_array
 from holov_export.spec import ExportPlan
 from holov_export.tensors import PixelBatch
@@ -72,7 +77,8 @@ def media_from_groups(
         kinds.extend("video" for _ in group.videos)
     if not kinds:
         raise ImageError("there is no image.")
-    check_videos(kinds.count("video"), plan)
+    if "video" in kinds:
+        check_takes_videos(plan.model)
     if budget is not None or quota is not None:
         largest = max(plan.of_part(part).tokens for part in plan.parts)
         budget = chosen_budget(budget, quota, largest, default_budget(plan))
@@ -80,16 +86,6 @@ def media_from_groups(
     began = perf_counter()
     batches = _batches(groups, kinds, plan, quota)
     return PreparedMedia(batches, spread, perf_counter() - began)
-
-
-def check_videos(videos: int, plan: ExportPlan) -> None:
-    """Refuse clips for a model that takes none.
-
-    Raises:
-        UsageError: it takes none.
-    """
-    if videos and plan.model.video.kind == "none":
-        raise UsageError(f"'{plan.model.name}' takes no videos.", hint="Give single frames as images.")
 
 
 def _batches(

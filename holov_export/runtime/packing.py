@@ -76,6 +76,12 @@ class PackedInputs:
     def budget(self) -> int:
         return int(self.quota.max())
 
+    @property
+    def crops(self) -> tuple[Int64Array, ...]:
+        """int64 [tokens of the row] of each row: the crop of each token."""
+        (table,) = (array.values for array in self.arrays if array.name == CROPS)
+        return tuple(ids[: row.layout.tokens].astype(np.int64) for ids, row in zip(table, self.rows, strict=True))
+
 
 def packed_inputs(
     layouts: Sequence[ImageLayout], plan: ExportPlan, quota: Int64Array, spread: Spread = "frames"

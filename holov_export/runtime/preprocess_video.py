@@ -39,6 +39,7 @@ __all__ = [
     "MAX_FRAME_PIXELS",
     "Clip",
     "VideoSource",
+    "check_takes_videos",
     "clip_from",
     "frames_from",
     "joined_batches",
@@ -74,8 +75,7 @@ def pixels_from_videos(
         MissingExtraError: PyAV is needed and not installed.
         UsageError: the model takes no clips.
     """
-    if model.video.kind == "none":
-        raise UsageError(f"'{model.name}' takes no videos.", hint="Give single frames as images.")
+    check_takes_videos(model)
     if len(videos) == 0:
         raise VideoError("there is no video.")
     pixels, boxes, sizes, layouts = [], [], [], []
@@ -84,12 +84,23 @@ def pixels_from_videos(
         if isinstance(model.video, FramesSpec):
             made, box, layout = _frames(clip, model.video, model, max_pixels)
         else:
+            assert isinstance(model.video, FramePairsSpec)  # check_takes_videos asked
             made, box, layout = _pairs(clip, model.video, model)
         pixels.append(made)
         boxes.append(box)
         sizes.append(clip.size)
         layouts.append(layout)
     return PixelBatch(np.concatenate(pixels), tuple(boxes), tuple(sizes), tuple(layouts))
+
+
+def check_takes_videos(model: ModelSpec) -> None:
+    """Refuse clips for a model that takes none.
+
+    Raises:
+        UsageError: it takes none.
+    """
+    if model.video.kind == "none":
+        raise UsageError(f"'{model.name}' takes no videos.", hint="Give single frames as images.")
 
 
 def joined_batches(first: PixelBatch, second: PixelBatch) -> PixelBatch:

@@ -15,46 +15,12 @@ from __future__ import annotations
 
 from typing import cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from holov_export.policies import HolovOfficialPolicy
-from holov_export.selection.geometry import crops_of_official_qwen
 from holov_export.selection.packed import Kept
-from holov_export.selection.reference import ALPHA, EPSILON, SCALE
 from holov_export.selection.registry import packed_rule_from_policy
-from holov_export.tensors import Int64Array
-
-
-def official_qwen_positions(saliency: npt.NDArray[np.float32], source: Int64Array, quota: int) -> Int64Array:
-    """The oracle: kept positions of one picture in output order, as loops that follow the source.
-
-    Args:
-        saliency: float32 [N], of each token. source: int64 [N], the tower's row of each. quota: 1..N.
-    """
-    tokens, keep = len(saliency), quota - 1
-    by_window = saliency[np.argsort(source)]
-    strips = crops_of_official_qwen(tokens, max(keep, 1))
-    members = [np.flatnonzero(strips == strip) for strip in range(int(strips.max()) + 1)]
-    means = [by_window[crop].mean(dtype=np.float32) for crop in members]
-    scores = np.array(
-        [mean * SCALE * (1 + ALPHA) if len(crop) > 1 else mean for mean, crop in zip(means, members, strict=True)],
-        dtype=np.float32,
-    )
-    weights = scores / (scores.sum(dtype=np.float32) + EPSILON)
-    allotted = np.floor(weights * np.float32(keep)).astype(np.int64)
-    for strip in np.argsort(-weights, kind="stable")[: keep - allotted.sum()]:
-        allotted[strip] += 1
-    kept: list[int] = []
-    for crop, share in zip(members, allotted, strict=True):
-        if share >= len(crop):
-            kept.extend(crop)
-        elif share > 0:
-            kept.extend(crop[np.argsort(-by_window[crop], kind="stable")[:share]])
-    positions = [tokens if candidate == 0 else candidate - 1 for candidate in kept]
-    return np.array([*positions, *[-1] * (keep - len(kept)), tokens - 1], dtype=np.int64)
 
 
 class OfficialQwenSelection(nn.Module):

@@ -35,6 +35,12 @@ class Kept(NamedTuple):
     saliency: Tensor
 
 
+def rows_of_tokens(rows: Tensor, source: Tensor) -> Tensor:
+    """[R, ..] and int64 [B, N] -> [B, N, ..]: the tower's row of each token, zero where there is none."""
+    tokens = rows.index_select(0, source.clamp_min(0).flatten()).unflatten(0, source.shape)
+    return torch.where((source >= 0).unsqueeze(-1), tokens, 0.0)
+
+
 class PackedSelection(nn.Module):
     """A rule between the rows of a tower and the tokens of pictures."""
 
@@ -69,8 +75,7 @@ class PackedSelection(nn.Module):
         read: Tensor | None = None
         if self.reads:
             assert features is not None  # the policy declares that it reads features
-            rows = features.index_select(0, row.flatten()).unflatten(0, source.shape)
-            read = torch.where(exists[..., None], rows, 0.0)
+            read = rows_of_tokens(features, source)
         asked = budget.clamp(1, source.shape[1])
         wanted = torch.minimum(torch.minimum(quota.clamp_min(1), asked), exists.long().sum(-1))
         chosen = self.select(of_token, read, wanted, asked, torch.where(exists, crops, -1))

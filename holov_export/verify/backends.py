@@ -12,8 +12,7 @@ import numpy.typing as npt
 
 from holov_export.extras import require
 from holov_export.runtime.packing import GraphRow, Spread, packed_inputs, pictures_from_rows
-from holov_export.selection.reference import positions_of
-from holov_export.signature import CROPS
+from holov_export.selection.reference import official_qwen_positions, positions_of
 from holov_export.spec import ExportPlan, Precision
 from holov_export.tensors import FloatArray, Int64Array, PixelBatch, VisualTokens
 from holov_export.verify.parity import positions_only
@@ -82,12 +81,10 @@ def tokens_from_reference(
         return positions_only(kept, budget)
     packed = packed_inputs(pixels.layouts, plan, np.array(quota), spread)
     found: list[list[Int64Array]] = [[] for _ in range(len(seen))]
-    crops = next(array.values for array in packed.arrays if array.name == CROPS)
-    for index, row in enumerate(packed.rows):
+    for row, crops in zip(packed.rows, packed.crops, strict=True):
         few = slice(row.start, row.start + row.layout.tokens)
         of_token = None if features is None else features[row.image, few]
-        own = crops[index, : row.layout.tokens].astype(np.int64)
-        positions = _positions_of_row(plan, row, seen.saliency[row.image, few], of_token, own)
+        positions = _positions_of_row(plan, row, seen.saliency[row.image, few], of_token, crops)
         found[row.image].append(np.where(positions >= 0, positions + row.start, -1))
     return positions_only([np.concatenate(rows) for rows in found], seen.tokens.shape[1])
 
@@ -100,8 +97,6 @@ def _positions_of_row(
     crops: Int64Array,
 ) -> Int64Array:
     if plan.start_counts:
-        from holov_export.selection.official_qwen import official_qwen_positions
-
         return official_qwen_positions(saliency, row.layout.source, row.quota)
     return positions_of(plan.policy, saliency, row.quota, None, features, crops, plan.tokens)
 

@@ -11,13 +11,12 @@ from PIL import Image
 
 from holov_export.bundle import Bundle
 from holov_export.errors import UsageError
-from holov_export.policies import CropLayout, FeatureSource, HolovOfficialPolicy, SelectionPolicy, policy_from_settings
-from holov_export.runtime.packing import PackedInputs, Spread, packed_inputs
+from holov_export.policies import CropLayout, FeatureSource, SelectionPolicy, policy_from_settings
+from holov_export.runtime.packing import Spread, packed_inputs
 from holov_export.runtime.preprocess import image_from, pixels_from_pictures
 from holov_export.runtime.preprocess_video import clip_from, pixels_from_videos
 from holov_export.runtime.runner import Runner, checked_budget, default_quotas
 from holov_export.selection.geometry import crops_of_grid
-from holov_export.signature import CROPS
 from holov_export.spec import ExportPlan, ModelSpec
 from holov_export.tensors import CropBox, Int64Array, PixelBatch, Region, VisualTokens
 from holov_export.verify.backends import tokens_from_reference
@@ -251,9 +250,9 @@ def _crops(plan: ExportPlan, pixels: PixelBatch, quota: int, spread: Spread) -> 
         return _crops_of_grid(plan.policy, plan.model.clip.grid)
     packed = packed_inputs(pixels.layouts, plan, np.array([quota]), spread)
     found = np.full(pixels.layouts[0].tokens, -1, dtype=np.int64)
-    for row, crops in zip(packed.rows, _crop_ids(packed), strict=True):
+    for row, crops in zip(packed.rows, packed.crops, strict=True):
         found[row.start : row.start + row.layout.tokens] = crops
-    if _is_official_qwen(plan):  # of its candidates, the word before the picture and all tokens but the last
+    if plan.start_counts:  # of its candidates, the word before the picture and all tokens but the last
         return np.append(found[1:], -1)
     return found
 
@@ -264,13 +263,3 @@ def _crops_of_grid(policy: SelectionPolicy, grid: tuple[int, int]) -> Int64Array
     for index, crop in enumerate(crops_of_grid(grid, int(getattr(policy, "crops", 1)), layout)):
         found[crop] = index
     return found
-
-
-def _crop_ids(packed: PackedInputs) -> list[Int64Array]:
-    """int64 [tokens of the row] of each row."""
-    (table,) = (array.values for array in packed.arrays if array.name == CROPS)
-    return [ids[: row.layout.tokens].astype(np.int64) for ids, row in zip(table, packed.rows, strict=True)]
-
-
-def _is_official_qwen(plan: ExportPlan) -> bool:
-    return isinstance(plan.policy, HolovOfficialPolicy) and plan.model.family == "qwen2_5_vl"

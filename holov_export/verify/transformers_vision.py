@@ -151,15 +151,15 @@ class _QwenVision:
 
 def _weights(folder: Path, plan: ExportPlan) -> dict[str, torch.Tensor]:
     """Our names of the tower's parameters -> the checkpoint's tensors in float32, in the shapes of the checkpoint."""
-    from holov_export.vision.families import FAMILIES
+    from holov_export.vision.families import FAMILIES, checkpoint_names
     from holov_export.vision.weights import SafetensorsReader
 
-    torch, family = require("torch"), FAMILIES[plan.model.family]
+    torch, family = require("torch"), plan.model.family
     with torch.device("meta"):
         plain = plan.model_copy(update={"policy": NoSelection(), "cuts": ()})
-        names = [name for name, _ in family.build(plain).named_parameters()]
+        names = [name for name, _ in FAMILIES[family].build(plain).named_parameters()]
     with SafetensorsReader(folder) as reader:
-        return {name: reader.read(family.names(name, plan.part)).to(torch.float32) for name in names}
+        return {name: reader.read(checkpoint_names(family, plan.part, name)).to(torch.float32) for name in names}
 
 
 def _of_pictures(

@@ -20,19 +20,9 @@ from holov_export.selection.rule import Selection
 from holov_export.spec import Cut, ModelSpec, Precision, VisionSpec
 from holov_export.vision.clip_layers import ClipEmbeddings, ClipLayer, activation, take_rows
 from holov_export.vision.cutting import join_merged, real_rows_mask, row_index, spread
-from holov_export.vision.loading import TORCH_DTYPES, forget_weights, module_from_checkpoint
+from holov_export.vision.loading import module_from_checkpoint
 from holov_export.vision.module import VisionModule
 from holov_export.vision.weights import SafetensorsReader
-
-__all__ = [
-    "TORCH_DTYPES",
-    "ClipTower",
-    "LlavaProjector",
-    "LlavaVision",
-    "checkpoint_names",
-    "forget_weights",
-    "vision_from_checkpoint",
-]
 
 
 class LlavaProjector(nn.Module):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from holov_export.policies import FeatureSource, SelectionPolicy
-from holov_export.selection.packed import PackedSelection
+from holov_export.selection.packed import PackedSelection, rows_of_tokens
 from holov_export.spec import FramesSpec, ModelSpec
 from holov_export.vision.clip import ClipTower, LlavaProjector
 from holov_export.vision.module import VisionModule
@@ -82,6 +82,4 @@ class PackedClipVision(VisionModule):
 
     def features_of(self, pixel_values: Tensor, source: Tensor, crops: Tensor) -> Tensor:
         """float32 [B, N, ..]: what the rule reads of each token, zero where there is none; for comparisons."""
-        rows = self.read(self.attended(pixel_values)[0]).float()
-        tokens = rows.index_select(0, source.clamp_min(0).flatten()).unflatten(0, source.shape)
-        return torch.where((source >= 0).unsqueeze(-1), tokens, 0.0)
+        return rows_of_tokens(self.read(self.attended(pixel_values)[0]).float(), source)

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from holov_export.policies import UniformPolicy
-from holov_export.spec import ModelSpec, Precision
-from holov_export.vision.clip import LlavaVision, checkpoint_names
-from holov_export.vision.loading import module_from_checkpoint
+from holov_export.spec import ModelSpec
+from holov_export.vision.clip import LlavaVision
 from holov_export.vision.module import VisionModule
-from holov_export.vision.weights import SafetensorsReader
 
 
 class PlainVision(VisionModule):
@@ -54,8 +52,3 @@ def plain_vision(spec: ModelSpec) -> PlainVision:
     """The plain encoder of a model, its weights random."""
     # the rule is dropped, so the one without tensors of its own is taken
     return PlainVision(LlavaVision(spec, UniformPolicy()))
-
-
-def plain_from_checkpoint(spec: ModelSpec, reader: SafetensorsReader, precision: Precision) -> PlainVision:
-    """LLaVA-1.5's plain encoder with the checkpoint's own weights; for any family: `families.plain_from_plan`."""
-    return module_from_checkpoint(lambda: plain_vision(spec), reader, precision, checkpoint_names)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from holov_export.policies import FeatureSource, HolovOfficialPolicy, NoSelection, SelectionPolicy
 from holov_export.selection.official_qwen import OfficialQwenSelection
-from holov_export.selection.packed import PackedSelection
+from holov_export.selection.packed import PackedSelection, rows_of_tokens
 from holov_export.spec import ModelSpec, QwenVisionSpec
 from holov_export.vision.module import VisionModule
 from holov_export.vision.qwen_layers import Groups, PatchEmbedding, PatchMerger, QwenBlock, RotaryAngles, groups_of
@@ -161,11 +161,8 @@ class QwenVision(VisionModule):
         crops: Tensor,
     ) -> Tensor:
         """float32 [B, N, D]: what a rule reads of each token, zero where there is none; for comparisons."""
-        rows = self.behind(
-            self.attended(pixel_values, places, window_rows, window_slots, view_rows, view_slots), None
-        ).float()
-        tokens = rows.index_select(0, source.clamp_min(0).flatten()).unflatten(0, source.shape)
-        return torch.where((source >= 0).unsqueeze(-1), tokens, 0.0)
+        at = self.attended(pixel_values, places, window_rows, window_slots, view_rows, view_slots)
+        return rows_of_tokens(self.behind(at, None).float(), source)
 
 
 def checkpoint_names(name: str) -> list[str]:

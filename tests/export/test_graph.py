@@ -22,7 +22,8 @@ from holov_export.export.onnx_from_graph import onnx_from_graph, save_vision
 from holov_export.policies import POLICIES, FeatureSource, policy_from_settings
 from holov_export.selection.reference import positions_of
 from holov_export.spec import OPSETS, CheckpointSource, ExportPlan, ModelSpec, Precision
-from holov_export.vision.clip import TORCH_DTYPES, LlavaVision, vision_from_checkpoint
+from holov_export.vision.clip import LlavaVision, vision_from_checkpoint
+from holov_export.vision.loading import TORCH_DTYPES
 from holov_export.vision.weights import SafetensorsReader
 
 N = 64  # patch tokens of the tiny checkpoint

@@ -19,8 +19,9 @@ from holov_export.export.checkpoint import spec_from_checkpoint
 from holov_export.policies import POLICIES, FeatureSource, HolovPolicy, policy_from_settings
 from holov_export.selection.reference import merged_of, positions_of
 from holov_export.spec import ModelSpec, Precision
-from holov_export.vision.clip import TORCH_DTYPES, LlavaVision, checkpoint_names, vision_from_checkpoint
+from holov_export.vision.clip import LlavaVision, checkpoint_names, vision_from_checkpoint
 from holov_export.vision.clip_layers import activation, take_rows
+from holov_export.vision.loading import TORCH_DTYPES
 from holov_export.vision.weights import SafetensorsReader
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}

@@ -25,7 +25,7 @@ from holov_export.compile.readiness import readiness_of
 from holov_export.export.onnx_from_graph import onnx_from_graph, save_vision
 from holov_export.policies import POLICIES, FeatureSource, NoSelection, SelectionPolicy, policy_from_settings
 from holov_export.selection.geometry import crops_of_official_qwen
-from holov_export.selection.official_qwen import official_qwen_positions
+from holov_export.selection.reference import official_qwen_positions
 from holov_export.spec import (
     CheckpointSource,
     DecoderSpec,

@@ -41,6 +41,7 @@ from holov_export.selection.reference.holov import (
 )
 from holov_export.selection.reference.holov_plus import holov_plus_positions
 from holov_export.selection.reference.merging import contextual_rows, visionzip_rows
+from holov_export.selection.reference.official_qwen import official_qwen_positions
 from holov_export.tensors import Int64Array
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "dpp_order",
     "merged_of",
     "official_quotas",
+    "official_qwen_positions",
     "paper_quotas",
     "paper_weights",
     "positions_of",
