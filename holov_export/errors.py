@@ -17,8 +17,10 @@
     └── EnvironmentFaultError (exit code 3): this machine lacks something
         ├── MissingExtraError       a Python package; the message names the pip line
         ├── HardwareError           no usable GPU or driver
-        ├── NetworkError            the model hub cannot be reached
-        └── StorageError            a folder is read-only, the disk is full, another export holds the lock
+        ├── NetworkError            the model hub or a server cannot be reached
+        ├── StorageError            a folder is read-only, the disk is full, another export holds the lock
+        ├── BusyError               a server's queue is full, or it is shutting down
+        └── LateError               a request waited or ran longer than a server's limits allow
 
 A message says what happened and why; `hint` says what to do.
 """
@@ -28,6 +30,7 @@ from __future__ import annotations
 __all__ = [
     "BudgetError",
     "BundleError",
+    "BusyError",
     "CheckFailedError",
     "CheckpointError",
     "EngineError",
@@ -36,6 +39,7 @@ __all__ = [
     "HolovExportError",
     "ImageError",
     "IntegrityError",
+    "LateError",
     "MissingExtraError",
     "NetworkError",
     "ParityError",
@@ -133,8 +137,24 @@ class HardwareError(EnvironmentFaultError):
 
 
 class NetworkError(EnvironmentFaultError):
-    """The model hub cannot be reached."""
+    """The model hub or a server cannot be reached."""
 
 
 class StorageError(EnvironmentFaultError):
     """A folder is read-only, the disk is full, or another export holds the lock."""
+
+
+class BusyError(EnvironmentFaultError):
+    """A server's queue is full, or it is shutting down.
+
+    Attributes:
+        retry_after: seconds after which another try makes sense.
+    """
+
+    def __init__(self, message: str, *, retry_after: float, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after
+
+
+class LateError(EnvironmentFaultError):
+    """A request waited or ran longer than a server's limits allow."""

@@ -25,6 +25,12 @@ EXTRA_OF_MODULE = {
     "tensorrt": "tensorrt",
     "cuda": "tensorrt",
     "av": "video",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "httpx": "serve",
+    "prometheus_client": "serve",
+    "gguf": "gguf",
+    "llama_cpp": "llamacpp",
     "matplotlib": "bench",
     "pynvml": "bench",
 }

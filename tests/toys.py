@@ -148,6 +148,7 @@ class RecitingDecoder:
     """A decoder that gives the same ids to every prompt and remembers what it was asked."""
 
     name = "reciting"
+    lanes = 4
 
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids

@@ -13,6 +13,7 @@ from PIL import Image
 
 from holov_export.bundle import Bundle, open_bundle, read_manifest
 from holov_export.cli.console import OUT, print_json, say
+from holov_export.cli.decoder_options import check_decoder_options, decoder_options, decoder_settings
 from holov_export.cli.options import (
     UserPath,
     bundle_argument,
@@ -25,7 +26,6 @@ from holov_export.cli.options import (
     verify_option,
 )
 from holov_export.errors import StorageError
-from holov_export.pipeline import checkpoint_of
 from holov_export.policies import POLICIES
 from holov_export.runtime.decoder import check_sampling
 from holov_export.runtime.packing import SPREADS, Spread
@@ -60,16 +60,7 @@ from holov_export.verify.picture import picture_of_panels
     show_default=True,
     help="How the budget of a clip is spent: the same in each frame, or wherever the rule finds something.",
 )
-@click.option(
-    "--decoder",
-    type=click.Choice(["auto", "genai", "ort", "hf"]),
-    default="auto",
-    show_default=True,
-    help="Back end: ONNX Runtime GenAI or plain ONNX Runtime over the embedded decoder, or transformers.",
-)
-@click.option(
-    "--checkpoint", help="For --decoder hf: directory, name or OWNER/REPO of the weights (demo: found by itself)."
-)
+@decoder_options
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(0), default=0, help="Sample among the k most likely tokens; 0 is all.")
@@ -94,6 +85,9 @@ def ask(
     spread: Spread,
     decoder: str,
     checkpoint: str | None,
+    decoder_folder: Path | None,
+    decoder_url: str | None,
+    tensor_parallel: int,
     max_new_tokens: int,
     temperature: float,
     top_k: int,
@@ -111,8 +105,8 @@ def ask(
     """Ask a question about images, clips or both. The answer streams to stdout, timings go to stderr."""
     if not images and not videos:
         raise click.UsageError("name what the question is about: an IMAGE or --video.")
-    if checkpoint is not None and decoder != "hf":
-        raise click.UsageError("--checkpoint is for --decoder hf only; the embedded decoder has its own weights.")
+    choice = (decoder, checkpoint, decoder_folder, decoder_url, tensor_parallel)
+    check_decoder_options(*choice)
     sampling = SamplingSettings(max_new_tokens, temperature, top_k, top_p, seed, stop)
 
     def on_text(piece: str) -> None:
@@ -123,7 +117,7 @@ def ask(
     _check_engine(engine, target)
     _check_request(bundle, images, budget, quotas, videos=videos, methods=(method,) if method else ())
     opened = graph_of(open_bundle(bundle, verify=verify), method)
-    weights = checkpoint_of(opened, checkpoint) if decoder == "hf" else None
+    settings = decoder_settings(opened, *choice)
     with Session.open(
         opened,
         decoder=decoder,
@@ -132,7 +126,8 @@ def ask(
         provider=provider,
         threads=threads,
         verify=verify,
-        checkpoint=weights,
+        checkpoint=settings.checkpoint,
+        decoder_options=settings,
     ) as session:
         answer = session.ask(
             list(images),

@@ -54,7 +54,7 @@ class RefetchingDecoder:
         from holov_export.runtime.inner.refetch import RefetchDecoder
 
         self._decoder = RefetchDecoder(checkpoint, spec, provider=provider, threads=threads)
-        self.name = self._decoder.name
+        self.name, self.lanes = self._decoder.name, 1
         self.kept: Int64Array | None = None
 
     def stream(self, prompt: StitchedPrompt, sampling: SamplingSettings) -> Iterator[int]:

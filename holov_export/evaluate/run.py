@@ -18,7 +18,8 @@ from holov_export.evaluate.data import Dataset, Picture, Question
 from holov_export.evaluate.inner import RefetchingDecoder, decoder_from_method
 from holov_export.evaluate.journal import Journal, JournalEntry, JournalHeader
 from holov_export.evaluate.plan import Cell, Plan
-from holov_export.runtime.decoder import Decoder, decoder_maker, embedded_decoder
+from holov_export.runtime.decoder import Decoder
+from holov_export.runtime.decoder_choice import DecoderOptions, decoder_maker, embedded_decoder
 from holov_export.runtime.preprocess import pixels_from_pictures
 from holov_export.runtime.runner import Runner
 from holov_export.runtime.runner_choice import runner_from_bundle
@@ -80,7 +81,7 @@ class LentDecoder:
     """A decoder that several sessions use one after the other: closing one of them does not close it."""
 
     def __init__(self, decoder: Decoder) -> None:
-        self.name = decoder.name
+        self.name, self.lanes = decoder.name, decoder.lanes
         self._decoder = decoder
 
     def stream(self, prompt: StitchedPrompt, sampling: SamplingSettings) -> Iterator[int]:
@@ -94,7 +95,8 @@ class LentDecoder:
 @contextmanager
 def shared_decoder(bundle: Bundle, settings: AskSettings) -> Iterator[Callable[[], Decoder]]:
     """Gives the decoder, loaded when it is asked for first and closed at the end."""
-    make = decoder_maker(settings.decoder, bundle, settings.decoder_provider, settings.threads, settings.checkpoint)
+    options = DecoderOptions(settings.decoder_provider, settings.threads, settings.checkpoint)
+    make = decoder_maker(settings.decoder, bundle, options)
     made: list[Decoder] = []
 
     def lent() -> Decoder:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from holov_export.bundle import Bundle
-from holov_export.errors import BundleError, PromptError, UnknownNameError, UsageError
+from holov_export.errors import PromptError, UsageError
 from holov_export.spec import DecoderSpec
 from holov_export.tensors import SamplingSettings, StitchedPrompt
-
-#: decoders by name; "auto" is what suits the bundle, "none" cannot answer, but a session without one still sees
-DECODERS = ("auto", "genai", "ort", "hf", "none")
 
 
 class Decoder(Protocol):
@@ -23,9 +18,11 @@ class Decoder(Protocol):
 
     Attributes:
         name: of the engine and the device, for people.
+        lanes: how many streams may be open at once and be pulled in turn, from one thread.
     """
 
     name: str
+    lanes: int
 
     def stream(self, prompt: StitchedPrompt, sampling: SamplingSettings) -> Iterator[int]:
         """New token ids, one at a time, as they are made.
@@ -115,23 +112,6 @@ def token_from_logits(logits: npt.NDArray[np.floating], sampling: SamplingSettin
     return int(dice.choice(order[:kept], p=weights))
 
 
-def embedded_decoder(decoder: str, spec: DecoderSpec) -> str:
-    """Which back end runs the decoder of a bundle: "genai" or "ort".
-
-    Args:
-        decoder: "auto", "genai" or "ort".
-        spec: of the language model.
-
-    Raises:
-        UsageError: "genai" for a language model that it would run wrongly.
-    """
-    if decoder == "auto":
-        return "ort" if spec.mrope_sections else "genai"
-    if decoder == "genai":
-        check_genai(spec)
-    return decoder
-
-
 def check_genai(spec: DecoderSpec) -> None:
     """Refuse a language model that ONNX Runtime GenAI would run wrongly.
 
@@ -144,56 +124,3 @@ def check_genai(spec: DecoderSpec) -> None:
             "out of the picture's grid, and where tokens were pruned they would be wrong.",
             hint="Choose --decoder ort, or auto.",
         )
-
-
-def decoder_maker(
-    decoder: str | Decoder, bundle: Bundle, provider: str, threads: int | None, checkpoint: str | Path | None
-) -> Callable[[], Decoder]:
-    """What loads the decoder. The choice is checked now; loading waits for the first answer.
-
-    Args:
-        decoder: one of `DECODERS`, or a decoder that exists already.
-        bundle: an opened bundle.
-        provider: "cpu", "cuda" or "auto".
-        threads: CPU threads within one operator; None for the back end's choice.
-        checkpoint: directory of the checkpoint, for "hf".
-
-    Raises:
-        UnknownNameError: no such decoder.
-        UsageError: "hf" without a checkpoint, or "genai" for a language model that it would run wrongly.
-    """
-    if not isinstance(decoder, str):
-        return lambda: decoder
-    spec = bundle.manifest.plan.model.decoder
-    if decoder == "hf":
-        if checkpoint is None:
-            raise UsageError("the decoder 'hf' needs the checkpoint.", hint="Add --checkpoint DIR.")
-        folder = Path(checkpoint)
-
-        def hf() -> Decoder:
-            from holov_export.runtime.decoder_hf import HfDecoder
-
-            return HfDecoder(folder, spec, provider=provider, threads=threads)
-
-        return hf
-    if decoder not in DECODERS:
-        raise UnknownNameError(f"unknown decoder '{decoder}'.", hint=f"Known: {', '.join(DECODERS)}.")
-
-    engine = embedded_decoder(decoder, spec)
-
-    def embedded() -> Decoder:
-        from holov_export.runtime.decoder_genai import GenaiDecoder
-        from holov_export.runtime.decoder_ort import OrtDecoder
-
-        if decoder == "none":
-            raise UsageError("this session was opened without a decoder.", hint="Choose --decoder auto or hf.")
-        if bundle.decoder is None:
-            raise BundleError(
-                f"the bundle '{bundle.folder.name}' was exported without a decoder.",
-                hint="Export it without --no-decoder, or ask with --decoder hf --checkpoint DIR.",
-            )
-        if engine == "ort":
-            return OrtDecoder(bundle.decoder, spec, provider=provider, threads=threads)
-        return GenaiDecoder(bundle.decoder, spec, provider=provider, threads=threads)
-
-    return embedded

@@ -73,7 +73,9 @@ class _Going:
 
 
 class HfDecoder:
-    """The language model of a checkpoint directory, run by transformers with a key-value cache."""
+    """The language model of a checkpoint directory, run by transformers; each stream has its key-value cache."""
+
+    lanes = 64
 
     def __init__(
         self, checkpoint: Path, spec: DecoderSpec, *, provider: str = "auto", threads: int | None = None

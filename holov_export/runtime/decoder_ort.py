@@ -34,7 +34,9 @@ _ERRORS_ONLY = 3
 
 
 class OrtDecoder:
-    """The decoder embedded in a bundle, run graph by graph. One prompt at a time."""
+    """The decoder embedded in a bundle, run graph by graph. Each stream has a key-value cache of its own."""
+
+    lanes = 64
 
     def __init__(self, folder: Path, spec: DecoderSpec, *, provider: str = "auto", threads: int | None = None) -> None:
         """Load the decoder.

@@ -17,8 +17,8 @@ from holov_export.runtime.preprocess_video import (
     pixels_from_videos,
 )
 from holov_export.runtime.runner import chosen_budget, default_budget, default_quotas, quota_array
-from holov_export.spec import ExportPlan
-from holov_export.tensors import PixelBatch
+from holov_export.spec import ExportPlan, ModelSpec
+from holov_export.tensors import CropBox, ImageRows, Int64Array, PixelBatch, Region
 
 Part = Literal["image", "video"]
 
@@ -54,6 +54,49 @@ class PreparedMedia:
     batches: tuple[MediaBatch, ...]
     spread: Spread
     seconds: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is seen of one prompt's images and clips.
+
+    Attributes:
+        images, videos: their rows.
+        regions: of each image and then of each clip, where its tokens are (see `boxes_of_tokens`).
+    """
+
+    images: tuple[ImageRows, ...]
+    videos: tuple[ImageRows, ...]
+    regions: tuple[tuple[Region, ...], ...]
+
+
+def regions_of(prepared: PreparedMedia, model: ModelSpec) -> list[tuple[Region, ...]]:
+    """Where the tokens of each image and clip are, in the order of the prompts."""
+    found: dict[int, tuple[Region, ...]] = {}
+    for batch in prepared.batches:
+        for index, owner in enumerate(batch.owners):
+            pixels = batch.pixels
+            if pixels.layouts:
+                found[owner] = pixels.layouts[index].regions
+            else:
+                found[owner] = (Region(model.clip.grid, pixels.boxes[index]),)
+    return [found[owner] for owner in sorted(found)]
+
+
+def boxes_of_tokens(positions: Int64Array, regions: Sequence[Region]) -> list[CropBox | None]:
+    """The part of the upright original that each token shows; None for a CLS token and where there is no token."""
+    boxes: list[CropBox | None] = []
+    for region in regions:
+        rows, columns = region.grid
+        width = (region.box.right - region.box.left) / columns
+        height = (region.box.bottom - region.box.top) / rows
+        if region.cls:
+            boxes.append(None)
+        for index in range(rows * columns):
+            row, column = divmod(index, columns)
+            left, top = region.box.left + column * width, region.box.top + row * height
+            boxes.append(CropBox(left, top, left + width, top + height))
+    return [boxes[place] if 0 <= place < len(boxes) else None for place in positions.tolist()]
 
 
 def media_from_groups(

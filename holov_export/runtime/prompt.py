@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from holov_export.errors import PromptError
 from holov_export.extras import require
@@ -26,6 +26,67 @@ class MediaCount:
 
     images: int = 0
     videos: int = 0
+
+
+class TurnPart(NamedTuple):
+    """A piece of a turn: words, or the place of an image or a video."""
+
+    kind: Literal["text", "image", "video"]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says in a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[TurnPart, ...]
+
+    @property
+    def words(self) -> str:
+        return "\n".join(part.text for part in self.parts if part.kind == "text")
+
+    def count(self, kind: Literal["image", "video"]) -> int:
+        """How many of its parts are images, or videos."""
+        return sum(part.kind == kind for part in self.parts)
+
+
+def prompt_from_turns(
+    turns: Sequence[Turn], spec: PromptSpec, *, special_tokens: Mapping[str, str] | None = None
+) -> str:
+    """The rendered prompt of a conversation, ending where the next answer begins.
+
+    Returns:
+        Text with exactly one placeholder for each image and each video of the turns, in their order.
+
+    Raises:
+        PromptError: the last turn is not the user's or has no words, words contain a placeholder, or a template fails.
+    """
+    if not turns or turns[-1].role != "user":
+        raise PromptError("a conversation ends with the user's turn.")
+    if not turns[-1].words.strip():
+        raise PromptError("the question is empty.")
+    for turn in turns:
+        if placeholders_in_text(turn.words, spec) != MediaCount():
+            names = " or ".join(_placeholders(spec))
+            raise PromptError(f"the words of a message contain {names}.", hint="Images and videos are parts.")
+    given = MediaCount(sum(turn.count("image") for turn in turns), sum(turn.count("video") for turn in turns))
+    tokens = special_tokens or {}
+    text = _rendered([{"role": turn.role, "content": _content(turn)} for turn in turns], spec, tokens)
+    if placeholders_in_text(text, spec) != given:
+        # templates older than content lists take a string and know nothing of images
+        text = _rendered([{"role": turn.role, "content": _plain(turn, spec)} for turn in turns], spec, tokens)
+    check_placeholders(placeholders_in_text(text, spec), given, spec)
+    return text
+
+
+def _content(turn: Turn) -> list[Message]:
+    return [{"type": "text", "text": part.text} if part.kind == "text" else {"type": part.kind} for part in turn.parts]
+
+
+def _plain(turn: Turn, spec: PromptSpec) -> str:
+    names = {"image": spec.image_placeholder, "video": spec.video_placeholder}
+    return "\n".join(part.text if part.kind == "text" else names[part.kind] for part in turn.parts)
 
 
 def prompt_from_question(

@@ -6,7 +6,7 @@ image --preprocess--> PixelBatch --runner, budget--> VisualTokens --stitch--> St
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -17,22 +17,21 @@ from PIL import Image
 
 from holov_export.bundle import Bundle, open_bundle
 from holov_export.errors import BundleError, EnvironmentFaultError, PromptError, UsageError
-from holov_export.runtime.decoder import Decoder, check_sampling, decoder_maker
-from holov_export.runtime.media import Media, MediaBatch, Part, PreparedMedia, media_from_groups
+from holov_export.runtime.answer_stream import AnswerStream, EarlierStages
+from holov_export.runtime.decoder import Decoder, check_sampling
+from holov_export.runtime.decoder_choice import DecoderOptions, decoder_maker
+from holov_export.runtime.media import Media, MediaBatch, Part, PreparedMedia, Seen, media_from_groups, regions_of
 from holov_export.runtime.packing import Spread
 from holov_export.runtime.preprocess import ImageSource
 from holov_export.runtime.preprocess_video import VideoSource
 from holov_export.runtime.runner import Runner, default_budget
 from holov_export.runtime.runner_choice import runner_from_bundle
 from holov_export.runtime.stitch import PromptEncoder, check_fit, prompt_encoder_from_tokenizer, stitch
-from holov_export.runtime.text_stream import TextStream
 from holov_export.tensors import (
     FloatArray,
     Generation,
     ImageRows,
     SamplingSettings,
-    StitchedPrompt,
-    Timings,
     VisualTokens,
 )
 
@@ -40,15 +39,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 GREEDY = SamplingSettings()
+NOTHING_BEFORE = EarlierStages()
 Images = ImageSource | Sequence[ImageSource]
-
-
-@dataclass(frozen=True)
-class _Stages:
-    """perf_counter seconds of the stages before decoding."""
-
-    preprocess: float
-    vision: float
 
 
 class Session:
@@ -94,6 +86,7 @@ class Session:
         threads: int | None = None,
         verify: Literal["full", "size"] = "full",
         checkpoint: str | Path | None = None,
+        decoder_options: DecoderOptions | None = None,
         runner: Runner | None = None,
     ) -> Session:
         """Open a bundle.
@@ -102,14 +95,15 @@ class Session:
             bundle: its folder, or one that `open_bundle` has opened.
             method: which of its vision graphs runs, as `bundle.methods` names them; None for the default one.
             decoder: "auto" (embedded in the bundle, by the back end that suits it), "genai" or "ort" (ONNX Runtime
-                GenAI or plain ONNX Runtime over the embedded one), "hf" (transformers, needs `checkpoint`), "none", or
+                GenAI or plain ONNX Runtime over the embedded one), another of `decoder_choice.DECODERS`, "none", or
                 your own. It is loaded when the first answer is asked for.
             engine: of the vision graph: "ort" (ONNX Runtime) or "tensorrt" (the bundle's compiled engine).
             target: for "tensorrt": which compiled engine; None for the only one that fits this machine.
             provider: "cpu", "cuda" or "auto", of the decoder and of "ort"; "tensorrt" for "ort" alone.
             threads: CPU threads within one operator; None for the back ends' choice.
             verify: "full" checks every file's sha256, "size" only sizes.
-            checkpoint: directory of the checkpoint, for "hf".
+            checkpoint: directory of the checkpoint, for decoders that load it themselves.
+            decoder_options: what further decoders need; provider, threads, verify and checkpoint are those above.
             runner: of the vision graph, instead of `engine`.
 
         Raises:
@@ -121,9 +115,14 @@ class Session:
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=verify)
         opened = opened if method is None else opened.of_method(method)
         # the TensorRT provider is one for the vision graph; decoders have none
-        make_decoder = decoder_maker(
-            decoder, opened, "auto" if provider == "tensorrt" else provider, threads, checkpoint
+        options = replace(
+            decoder_options or DecoderOptions(),
+            provider="auto" if provider == "tensorrt" else provider,
+            threads=threads,
+            verify=verify,
+            checkpoint=None if checkpoint is None else Path(checkpoint),
         )
+        make_decoder = decoder_maker(decoder, opened, options)
 
         def make_runner(view: Bundle) -> Runner:
             return runner_from_bundle(
@@ -208,6 +207,37 @@ class Session:
         pictures = _listed(images)
         found, _ = self._see(self._prepared([Media(pictures, videos)], budget, quota, spread))
         return found[: len(pictures)], found[len(pictures) :]
+
+    def see_groups(
+        self, groups: Sequence[Media], quota: Sequence[int], *, spread: Spread = "frames"
+    ) -> tuple[list[Seen], EarlierStages]:
+        """What is seen of the images and clips of several prompts, in one run of each vision graph that they need.
+
+        Args:
+            groups: those of each prompt; a prompt may have none.
+            quota: tokens of each image and clip, over all prompts in order, a prompt's images before its clips; what
+                has fewer keeps all.
+            spread: as of `ask`.
+
+        Returns:
+            (one for each prompt, the seconds that preprocessing and the vision graphs took for all of them)
+
+        Raises:
+            ImageError, BudgetError, UsageError: the request is wrong.
+        """
+        self._check_open()
+        if not any(group.images or group.videos for group in groups):
+            return [Seen((), (), ()) for _ in groups], NOTHING_BEFORE
+        prepared = self._prepared(groups, None, quota, spread)
+        regions = regions_of(prepared, self.bundle.manifest.plan.model)
+        rows, stages = self._see(prepared)
+        seen, first = [], 0
+        for group in groups:
+            videos = first + len(group.images)
+            end = videos + len(group.videos)
+            seen.append(Seen(tuple(rows[first:videos]), tuple(rows[videos:end]), tuple(regions[first:end])))
+            first = end
+        return seen, stages
 
     def ask(
         self,
@@ -330,11 +360,31 @@ class Session:
         Raises:
             PromptError, UsageError: the request is wrong.
         """
+        stream = self.answer_stream(rows, prompt, videos=videos, sampling=sampling, raw=raw)
+        for _ in stream:
+            pass
+        return stream.generation()
+
+    def answer_stream(
+        self,
+        rows: Sequence[FloatArray | ImageRows],
+        prompt: str,
+        *,
+        videos: Sequence[ImageRows] = (),
+        sampling: SamplingSettings = GREEDY,
+        raw: bool = False,
+        stages: EarlierStages = NOTHING_BEFORE,
+    ) -> AnswerStream:
+        """The same as `answer`, one token a step: several can be open at once, as many as the decoder has lanes.
+
+        Args:
+            stages: what the answer's timings begin with.
+        """
         self._check_open()
         check_sampling(sampling)
         text = self._text(prompt, len(rows), len(videos), raw)
         self.decoder  # noqa: B018  loading it is no stage of an answer
-        return self._answer(text, rows, videos, sampling, _Stages(preprocess=0.0, vision=0.0), None)
+        return self._stream(text, rows, videos, sampling, stages)
 
     def _text(self, prompt: str, images: int, videos: int, raw: bool) -> str:
         if raw and not prompt.strip():
@@ -347,7 +397,7 @@ class Session:
         self._check_open()
         return media_from_groups(groups, self.bundle.manifest.plan, budget, quota, spread)
 
-    def _see(self, prepared: PreparedMedia) -> tuple[list[ImageRows], _Stages]:
+    def _see(self, prepared: PreparedMedia) -> tuple[list[ImageRows], EarlierStages]:
         """The rows of each image and clip, in the order of the prompts."""
         began = perf_counter()
         found: dict[int, ImageRows] = {}
@@ -355,7 +405,7 @@ class Session:
             visual = self._run(batch, prepared.spread, saliency=False)
             for index, owner in enumerate(batch.owners):
                 found[owner] = visual.of_image(index, batch.pixels)
-        stages = _Stages(preprocess=prepared.seconds, vision=perf_counter() - began)
+        stages = EarlierStages(preprocess=prepared.seconds, vision=perf_counter() - began)
         return [found[index] for index in sorted(found)], stages
 
     def _run(self, batch: MediaBatch, spread: Spread, *, saliency: bool) -> VisualTokens:
@@ -377,9 +427,26 @@ class Session:
         rows: Sequence[FloatArray | ImageRows],
         videos: Sequence[ImageRows],
         sampling: SamplingSettings,
-        stages: _Stages,
+        stages: EarlierStages,
         on_text: Callable[[str], None] | None,
     ) -> Generation:
+        stream = self._stream(text, rows, videos, sampling, stages)
+        try:
+            for piece in stream:
+                if piece and on_text is not None:
+                    on_text(piece)
+        finally:
+            stream.close()
+        return stream.generation()
+
+    def _stream(
+        self,
+        text: str,
+        rows: Sequence[FloatArray | ImageRows],
+        videos: Sequence[ImageRows],
+        sampling: SamplingSettings,
+        stages: EarlierStages,
+    ) -> AnswerStream:
         began = perf_counter()
         prompt = stitch(
             self.encoder,
@@ -392,24 +459,8 @@ class Session:
         )
         used = max(len(prompt), prompt.next_position or 0)
         sampling = _within_context(sampling, self.encoder.decoder.context - used)
-        stitched = perf_counter()
-        answer = _decoded(self.decoder, prompt, sampling, TextStream(self.encoder.tokenizer, sampling.stop), on_text)
-        ended = perf_counter()
-        return Generation(
-            text=answer.text,
-            token_ids=answer.token_ids,
-            finish_reason=answer.finish_reason,
-            prompt_tokens=len(prompt),
-            visual_tokens=prompt.counts,
-            timings=Timings(
-                preprocess=stages.preprocess,
-                vision=stages.vision,
-                stitch=stitched - began,
-                setup=answer.ready - stitched,
-                prefill=answer.first - answer.ready,
-                decode=ended - answer.first,
-            ),
-        )
+        stages = replace(stages, stitch=perf_counter() - began)
+        return AnswerStream(self.decoder, prompt, sampling, self.encoder.tokenizer, stages)
 
     def close(self) -> None:
         """Release the engines, those given to `open` as well. A closed session answers no more."""
@@ -431,47 +482,6 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    """What a decoder gave; perf_counter times when it was ready to prefill and when the first token was there."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    ready: float
-    first: float
-
-
-def _decoded(
-    decoder: Decoder,
-    prompt: StitchedPrompt,
-    sampling: SamplingSettings,
-    stream: TextStream,
-    on_text: Callable[[str], None] | None,
-) -> _Decoded:
-    """Run the decoder to the end, to a stop string, or to `max_new_tokens`."""
-    pieces: list[str] = []
-
-    def give(piece: str) -> None:
-        pieces.append(piece)
-        if piece and on_text is not None:
-            on_text(piece)
-
-    ids: list[int] = []
-    first: float | None = None
-    tokens = decoder.stream(prompt, sampling)
-    ready = perf_counter()
-    for token in tokens:
-        first = perf_counter() if first is None else first
-        give(stream.push(token))
-        if stream.stopped:
-            break
-        ids.append(token)
-    give(stream.finish())
-    reason = "length" if len(ids) >= sampling.max_new_tokens and not stream.stopped else "stop"
-    return _Decoded("".join(pieces), tuple(ids), reason, ready, perf_counter() if first is None else first)
 
 
 def _within_context(sampling: SamplingSettings, room: int) -> SamplingSettings:

@@ -13,7 +13,13 @@ import numpy.typing as npt
 from holov_export.errors import BundleError, PromptError
 from holov_export.extras import require
 from holov_export.runtime.positions import mrope_positions
-from holov_export.runtime.prompt import MediaCount, check_placeholders, prompt_from_question
+from holov_export.runtime.prompt import (
+    MediaCount,
+    Turn,
+    check_placeholders,
+    prompt_from_question,
+    prompt_from_turns,
+)
 from holov_export.spec import DecoderSpec, FramePairsSpec, ModelSpec, PromptSpec
 from holov_export.tensors import FloatArray, ImageLayout, ImageRows, Int64Array, StitchedPrompt
 
@@ -39,14 +45,23 @@ class PromptEncoder:
 
     def text_from_question(self, question: str, *, images: int = 1, videos: int = 0) -> str:
         """The prompt in the model's own words, one placeholder for each image and video: `prompt_from_question`."""
+        return prompt_from_question(
+            question, self.prompt, images=images, videos=videos, special_tokens=self._special_tokens()
+        )
+
+    def text_from_turns(self, turns: Sequence[Turn]) -> str:
+        """The prompt of a conversation: `prompt_from_turns`."""
+        return prompt_from_turns(turns, self.prompt, special_tokens=self._special_tokens())
+
+    def _special_tokens(self) -> dict[str, str]:
+        """What chat templates call "bos_token", "eos_token", ..."""
         ids = {
             "bos_token": self.decoder.bos_token_id,
             "eos_token": next(iter(self.decoder.eos_token_ids), None),
             "pad_token": self.decoder.pad_token_id,
         }
         names = {name: self.tokenizer.id_to_token(index) for name, index in ids.items() if index is not None}
-        known = {name: token for name, token in names.items() if token is not None}
-        return prompt_from_question(question, self.prompt, images=images, videos=videos, special_tokens=known)
+        return {name: token for name, token in names.items() if token is not None}
 
     def ids_from_text(self, text: str) -> list[int]:
         """Token ids with the special tokens that the tokenizer adds, as transformers' processor gives them.

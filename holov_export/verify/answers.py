@@ -15,7 +15,8 @@ import numpy as np
 from holov_export.bundle import Bundle
 from holov_export.export.decoder_weights import EMBEDDING, StoredTensor, array_from_tensor, language_tensors
 from holov_export.extras import is_installed
-from holov_export.runtime.decoder import Decoder, embedded_decoder
+from holov_export.runtime.decoder import Decoder
+from holov_export.runtime.decoder_choice import embedded_decoder
 from holov_export.runtime.decoder_genai import GenaiDecoder
 from holov_export.runtime.decoder_hf import HfDecoder
 from holov_export.runtime.decoder_ort import OrtDecoder

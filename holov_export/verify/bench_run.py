@@ -16,7 +16,7 @@ from functools import partial
 from PIL import Image
 
 from holov_export.errors import HolovExportError, UsageError
-from holov_export.runtime.decoder import decoder_maker
+from holov_export.runtime.decoder_choice import DecoderOptions, decoder_maker
 from holov_export.tensors import PixelBatch
 from holov_export.verify.bench import Case, Samples, concurrent, measure, sustained, warm_up
 from holov_export.verify.bench_engines import Contestant
@@ -250,7 +250,7 @@ def _first_tokens(run: _Run, contestants: Sequence[Contestant]) -> Iterator[Firs
     for one in answering:
         with run.step(f"first token: {one.info.label}"):
             request = run.request
-            decoder = decoder_maker("auto", one.bundle, request.provider, request.decoder_threads, None)()
+            decoder = decoder_maker("auto", one.bundle, DecoderOptions(request.provider, request.decoder_threads))()
             budgets = one.budgets(request.budgets, largest_of(pixels_of(one, 1, request.pictures)))
             try:
                 yield from first_tokens(one, decoder, budgets, min(request.rounds, 10), request.pictures)

@@ -75,6 +75,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Count:
 
     class Counting:
         name = "counting"
+        lanes = 1
 
         def __init__(self, decoder: Decoder) -> None:
             self.decoder = decoder

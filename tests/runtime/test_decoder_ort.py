@@ -25,7 +25,8 @@ from holov_export.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from holov_export.runtime.decoder import Decoder, decoder_maker, embedded_decoder
+from holov_export.runtime.decoder import Decoder
+from holov_export.runtime.decoder_choice import DecoderOptions, decoder_maker, embedded_decoder
 from holov_export.runtime.decoder_genai import GenaiDecoder
 from holov_export.runtime.decoder_hf import HfDecoder
 from holov_export.runtime.decoder_hf_inner import inner_decoder
@@ -293,8 +294,8 @@ def test_what_a_bundle_opens(llava_spec: ModelSpec, llava_checkpoint: Path, gena
     assert opened(bundle, "auto").startswith("onnxruntime-genai")
     assert opened(bundle, "genai").startswith("onnxruntime-genai")
     assert opened(bundle, "ort").startswith("onnxruntime 1")
-    with pytest.raises(UnknownNameError, match="unknown decoder 'vllm'"):
-        decoder_maker("vllm", bundle, "cpu", 1, None)
+    with pytest.raises(UnknownNameError, match="unknown decoder 'sglang'"):
+        decoder_maker("sglang", bundle, DecoderOptions())
     with pytest.raises(UsageError, match="without a decoder"):
         opened(bundle, "none")
     plan = bundle.manifest.plan.model_copy(update={"model": spec_of("qwen2_5_vl")})
@@ -302,11 +303,11 @@ def test_what_a_bundle_opens(llava_spec: ModelSpec, llava_checkpoint: Path, gena
     shutil.copytree(decoder_of("qwen2_5_vl"), tmp_path / "llava" / "decoder", dirs_exist_ok=True)
     assert opened(qwen, "auto").startswith("onnxruntime 1")
     with pytest.raises(UsageError, match="M-RoPE"):
-        decoder_maker("genai", qwen, "cpu", 1, None)
+        decoder_maker("genai", qwen, DecoderOptions("cpu", 1))
 
 
 def opened(bundle: Bundle, name: str) -> str:
-    made = decoder_maker(name, bundle, "cpu", 1, None)()
+    made = decoder_maker(name, bundle, DecoderOptions("cpu", 1))()
     made.close()
     return made.name
 
