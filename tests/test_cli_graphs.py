@@ -69,6 +69,7 @@ def test_ask_takes_a_method(bundle: Path, photo: Path, capsys: Capture) -> None:
     assert "no graph for 'divprune'; it has holov, scope, cls-topk@0:30,2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_verify_compares_every_graph(bundle: Path, llava_checkpoint: Path, capsys: Capture) -> None:
     assert run(["verify", str(bundle), "--checkpoint", str(llava_checkpoint), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

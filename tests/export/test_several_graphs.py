@@ -83,6 +83,7 @@ def test_a_graph_beside_others_is_the_graph_alone(
         assert np.array_equal(left, right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
 def test_other_precisions_share_weights_too(precision: Precision, llava_checkpoint: Path, tmp_path: Path) -> None:
     request = request_of(llava_checkpoint, tmp_path / "half", "holov", "scope", "holov@1", precision=precision)
