@@ -1,17 +1,21 @@
-"""The wheel holds everything and installs light; an exported vision graph runs there and gives what it gives here.
+"""The wheel holds everything and installs light; an exported bundle sees and answers there as it does here.
 
-Slow: builds a wheel and makes fresh virtual environments from the package index, one with the present Python and one
-with the oldest that is supported. That is `python3.10`, or what HOLOV_EXPORT_OLDEST_PYTHON names; without one its tests
-are skipped.
+Slow: builds a wheel and makes fresh virtual environments from the package index, with the present Python, with the
+oldest that is supported, for which neither a newer ONNX Runtime nor ONNX Runtime GenAI is to be had, and with 3.12.
+Those are `python3.10` and `python3.12`, or what HOLOV_EXPORT_OLDEST_PYTHON and HOLOV_EXPORT_PYTHON_3_12 name; where one
+is missing its tests are skipped.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,38 +24,54 @@ from PIL import Image
 from holov_export.bundle import Bundle
 from holov_export.runtime.session import Session
 from holov_export.runtime.stitch import stitch
+from holov_export.tensors import SamplingSettings
 
 pytestmark = pytest.mark.slow
 CHECKOUT = Path(__file__).resolve().parent.parent
-OLDEST = (3, 10)
+#: variable that names the interpreter, what it is called on the PATH, its version
+OTHERS = {
+    "oldest": ("HOLOV_EXPORT_OLDEST_PYTHON", "python3.10", (3, 10)),
+    "3.12": ("HOLOV_EXPORT_PYTHON_3_12", "python3.12", (3, 12)),
+}
+PYTHONS = ("oldest", "present", "3.12")
+#: GenAI has no wheel for an older one on ARM, so it is not asked for there
+FIRST_WITH_GENAI = (3, 11)
+
+
+def ended(line: Sequence[str | Path], cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return subprocess.run(
+        list(map(str, line)), cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=900
+    )
 
 
 def run(*line: str | Path, cwd: Path) -> str:
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    ended = subprocess.run(
-        list(map(str, line)), cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=900
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
+    done = ended(line, cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def version_of(python: str | Path) -> tuple[int, ...] | None:
     """(major, minor) of an interpreter; None if it does not start."""
     line = [str(python), "-c", "import sys; print(*sys.version_info[:2])"]
     try:
-        ended = subprocess.run(line, capture_output=True, text=True, check=False)
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
     except OSError:
         return None
-    return tuple(map(int, ended.stdout.split())) if ended.returncode == 0 else None
+    return tuple(map(int, done.stdout.split())) if done.returncode == 0 else None
 
 
-def oldest_python() -> str:
-    name = os.environ.get("HOLOV_EXPORT_OLDEST_PYTHON", "python3.10")
-    version = version_of(name)
+def interpreter(name: str) -> str:
+    """One of `PYTHONS`; its test is skipped where it is missing."""
+    if name == "present":
+        return sys.executable
+    variable, usual, wanted = OTHERS[name]
+    python = os.environ.get(variable, usual)
+    version = version_of(python)
     if version is None:
-        pytest.skip(f"'{name}' does not start; name a Python 3.10 in HOLOV_EXPORT_OLDEST_PYTHON")
-    assert version == OLDEST, f"'{name}' is Python {version}"
-    return name
+        pytest.skip(f"'{python}' does not start; name a Python {'.'.join(map(str, wanted))} in {variable}")
+    assert version == wanted, f"'{python}' is Python {version}"
+    return python
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +82,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-@pytest.fixture(scope="module", params=["oldest", "present"])
+@pytest.fixture(scope="module", params=PYTHONS)
 def light_python(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of a fresh environment with the wheel and its extra `cpu`: no torch, no transformers, no onnx."""
-    base = oldest_python() if request.param == "oldest" else sys.executable
+    base = interpreter(request.param)
     folder = tmp_path_factory.mktemp("light") / "venv"
     run(base, "-m", "venv", folder, cwd=folder.parent)
     python = folder / "bin" / "python"
@@ -154,6 +174,62 @@ def test_an_exported_graph_gives_what_it_gives_here(
     np.testing.assert_allclose(there["tokens"], here.tokens, atol=1e-5)
     np.testing.assert_allclose(there["rows"], prompt.rows, atol=1e-5)
     assert np.abs(here.tokens).max() > 0.01
+
+
+BUDGETS = (1, 9, 64)
+
+
+def ask(python: Path, bundle: Bundle, picture: Path, budget: int, decoder: str) -> subprocess.CompletedProcess[str]:
+    line = [python.with_name("holov-export"), "ask", bundle.folder, picture, "what is shown?", "--json"]
+    line += ["--budget", str(budget), "--max-new-tokens", "24", "--provider", "cpu", "--decoder", decoder]
+    return ended(line, picture.parent)
+
+
+def test_the_embedded_decoder_answers_as_it_does_here(
+    light_python: Path, complete_bundle: Bundle, photographs: list[Image.Image], tmp_path: Path
+) -> None:
+    """Through plain ONNX Runtime everywhere, through GenAI from Python 3.11 on; `auto` is what is there."""
+    picture = tmp_path / "0.png"
+    photographs[0].save(picture)
+    settings = SamplingSettings(max_new_tokens=24)
+    with Session.open(complete_bundle, decoder="genai", provider="cpu") as session:
+        here = {budget: session.ask(picture, "what is shown?", budget=budget, sampling=settings) for budget in BUDGETS}
+    assert len({answer.token_ids for answer in here.values()}) == len(BUDGETS), "equal answers would prove little"
+    has_genai = (version_of(light_python) or ()) >= FIRST_WITH_GENAI
+    for decoder in ("ort", "auto", *(["genai"] if has_genai else [])):
+        for budget, wanted in here.items():
+            done = ask(light_python, complete_bundle, picture, budget, decoder)
+            assert done.returncode == 0, f"{decoder}: {done.stderr}"
+            there = json.loads(done.stdout)
+            assert (there["token_ids"], there["text"]) == (list(wanted.token_ids), wanted.text), decoder
+            assert there["visual_tokens"] == [budget]
+    if not has_genai:
+        refused = ask(light_python, complete_bundle, picture, 9, "genai")
+        assert refused.returncode == 3
+        assert "needs Python 3.11" in refused.stderr
+
+
+def resolved(python: str, wheel: Path, folder: Path) -> dict[str, str]:
+    """What pip would install for `holov-export[cpu]` into an empty environment, without our constraints."""
+    run(python, "-m", "venv", folder / "venv", cwd=folder)
+    report_file = folder / "report.json"
+    pip = [folder / "venv/bin/python", "-m", "pip", "install", "--quiet", "--dry-run", "--report", report_file]
+    run(*pip, f"{wheel}[cpu]", cwd=folder)
+    report: dict[str, Any] = json.loads(report_file.read_text(encoding="utf-8"))
+    return {item["metadata"]["name"].lower(): item["metadata"]["version"] for item in report["install"]}
+
+
+@pytest.mark.parametrize("name", PYTHONS)
+def test_a_users_install_resolves(name: str, wheel: Path, tmp_path: Path) -> None:
+    python = interpreter(name)
+    found = resolved(python, wheel, tmp_path)
+    version = tuple(map(int, found["onnxruntime"].split(".")[:2]))
+    assert version >= (1, 23)
+    assert ("onnxruntime-genai" in found) is ((version_of(python) or ()) >= FIRST_WITH_GENAI)
+    assert {"numpy", "pillow", "pydantic", "tokenizers", "jinja2"} <= set(found)
+    assert not {"torch", "transformers", "onnx", "onnxscript"} & set(found)
+    if name == "oldest":
+        assert version == (1, 23), "ONNX Runtime has releases for Python 3.10 again: raise what the graphs may use"
 
 
 def test_the_command_line_starts(light_python: Path, tmp_path: Path) -> None:

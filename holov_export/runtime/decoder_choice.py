@@ -10,6 +10,7 @@ from typing import Literal
 from holov_export.bundle import Bundle
 from holov_export.decoder_files import DecoderKind, decoder_folder, read_decoder, verify_decoder
 from holov_export.errors import BundleError, UnknownNameError, UsageError
+from holov_export.extras import is_installed
 from holov_export.runtime.decoder import Decoder, check_genai
 from holov_export.spec import DecoderSpec
 
@@ -33,6 +34,7 @@ class DecoderOptions:
         checkpoint: directory of the checkpoint, for those of `OF_CHECKPOINT`.
         folder: "llamacpp", "trtllm": where the decoder lies, instead of in the bundle.
         url, api_key: "vllm-server": where it listens, "http://127.0.0.1:8000", and its key.
+        batch: "genai": prompts that begin together are decoded together, up to so many.
         tensor_parallel: "vllm", "trtllm-api": over how many GPUs the model is spread.
         verify: "llamacpp", "trtllm": "full" checks every file's sha256, "size" only sizes.
     """
@@ -44,6 +46,7 @@ class DecoderOptions:
     url: str | None = None
     api_key: str | None = None
     tensor_parallel: int = 1
+    batch: int = 1
     verify: Literal["full", "size"] = "full"
 
 
@@ -87,7 +90,8 @@ def embedded_decoder(decoder: str, spec: DecoderSpec) -> str:
         UsageError: "genai" for a language model that it would run wrongly.
     """
     if decoder == "auto":
-        return "ort" if spec.mrope_sections else "genai"
+        # GenAI has no wheel for Python 3.10 on ARM; plain ONNX Runtime runs the same graphs
+        return "genai" if not spec.mrope_sections and is_installed("onnxruntime_genai") else "ort"
     if decoder == "genai":
         check_genai(spec)
     return decoder
@@ -109,7 +113,9 @@ def _embedded(decoder: str, bundle: Bundle, spec: DecoderSpec, options: DecoderO
             )
         if engine == "ort":
             return OrtDecoder(bundle.decoder, spec, provider=options.provider, threads=options.threads)
-        return GenaiDecoder(bundle.decoder, spec, provider=options.provider, threads=options.threads)
+        return GenaiDecoder(
+            bundle.decoder, spec, provider=options.provider, threads=options.threads, batch=options.batch
+        )
 
     return embedded
 
