@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from holov_export.cli import cli
+from holov_export.cli.compile_decoder import compile_decoder
 from holov_export.policies import POLICIES, FeatureSource
 from holov_export.targets import target_schema_text
 from holov_export.verify.bench_report import markdown_table, remarks_of, report_from_file, tables_of
@@ -120,7 +121,9 @@ def cli_reference() -> str:
     parts = ["# Command line", "", "Written by `scripts/update_docs.py` from the commands' own help.", ""]
     top = click.Context(cli, info_name="holov-export", terminal_width=100, max_content_width=100)
     parts += ["```", cli.get_help(top), "```", ""]
-    for name, command in cli.commands.items():
+    named = [(name, command) for name, command in cli.commands.items()]
+    named.insert([name for name, _ in named].index("compile") + 1, ("compile --decoder", compile_decoder))
+    for name, command in named:
         context = click.Context(command, info_name=name, parent=top, terminal_width=100, max_content_width=100)
         parts += [f"## {name}", "", "```", command.get_help(context), "```", ""]
     return "\n".join(line.rstrip() for part in parts for line in part.split("\n"))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import click
 
 from holov_export.bundle import Bundle, open_bundle
+from holov_export.cli.compile_decoder import compile_decoder
 from holov_export.cli.console import OUT, print_json, progress, say, size_text, table
 from holov_export.cli.options import UserPath, bundle_argument, graph_of, json_option, method_option
 from holov_export.compile.compilation import (
@@ -35,7 +36,19 @@ def _switch(name: str, field: str, what: str) -> Callable[[Any], Any]:
     return click.option(f"--{name}/--no-{name}", field, default=None, help=f"{what} [default: as the target says]")
 
 
-@click.command("compile")
+class _EngineOrDecoder(click.Command):
+    """`compile` with --decoder is another command, with options of its own."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if any(word.split("=")[0] == "--decoder" for word in args):
+            return compile_decoder.make_context(info_name, args, parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command("compile", cls=_EngineOrDecoder, epilog="With --decoder llamacpp or trtllm the language model is built "
+               "instead: holov-export compile --decoder trtllm --help")  # fmt: skip
 @bundle_argument
 @click.option("--target", "target_name", default=AUTO, show_default=True, help="A name of `holov-export targets`, "
               "a TOML file, or auto: the one that this GPU is.")  # fmt: skip
