@@ -31,12 +31,13 @@ EXTRA_OF_MODULE = {
     "prometheus_client": "serve",
     "gguf": "gguf",
     "llama_cpp": "llamacpp",
+    "vllm": "vllm",
     "matplotlib": "bench",
     "pynvml": "bench",
 }
 
 #: the marks of pyproject.toml: an extra brings the module from this Python on
-_NEEDS_PYTHON = {"onnxruntime_genai": (3, 11)}
+_NEEDS_PYTHON = {"onnxruntime_genai": (3, 11), "vllm": (3, 11)}
 
 
 def require(module: str) -> ModuleType:
