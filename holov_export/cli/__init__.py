@@ -77,12 +77,15 @@ def _register() -> None:
     from holov_export.cli.export import export
     from holov_export.cli.look import doctor, inspect, methods, models, verify
     from holov_export.cli.recommend import recommend
+    from holov_export.cli.serve import serve_command
     from holov_export.cli.targets import estimate_command, targets
+    from holov_export.cli.triton import triton_command
 
     for command in (
         *(export, ask, show, inspect, verify),
         *(evaluate, recommend),
         *(check, lower, compile_engine, bench_command),
+        *(serve_command, triton_command),
         *(estimate_command, targets),
         *(doctor, models, methods),
     ):

@@ -296,7 +296,8 @@ class Session:
     ) -> list[Generation]:
         """Answer several prompts: one run of the vision graph for all images, then one decoding after the other.
 
-        A batch saves time in the vision graph only; `answer_stream` makes several answers in turn. Each answer's timings hold the whole batch's preprocessing and vision.
+        A batch saves time in the vision graph only; `answer_stream` makes several answers in turn. Each answer's
+        timings hold the whole batch's preprocessing and vision.
 
         Args:
             images: for each prompt its image, its list of images, or its `Media`. They may differ in size.
