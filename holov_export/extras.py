@@ -68,4 +68,7 @@ def needs_newer_python(module: str) -> str:
 
 def is_installed(module: str) -> bool:
     """True if `module` can be found (it is not imported)."""
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package above it, or a finder that says no in this way
+        return False

@@ -375,13 +375,15 @@ def test_the_home_folder_is_found(
     assert str(tmp_path / "missing.jpg") in capsys.readouterr().err
 
 
-def test_checkpoint_is_for_hf_only(
+def test_checkpoint_is_for_decoders_that_load_it(
     bundle: Path, photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("holov_export.cli.ask.checkpoint_of", lambda *arguments: pytest.fail("was resolved"))
+    monkeypatch.setattr(
+        "holov_export.cli.decoder_options.checkpoint_of", lambda *arguments: pytest.fail("was resolved")
+    )
     for arguments in (["--checkpoint", "llava-1.5-7b"], ["--decoder", "genai", "--checkpoint", "no-such"]):
         assert run(["ask", str(bundle), str(photo), "what?", *arguments]) == 2
-        assert "--decoder hf only" in capsys.readouterr().err
+        assert "--checkpoint is for --decoder hf or vllm or trtllm-api only" in capsys.readouterr().err
 
 
 def test_hf_answers_from_the_exported_checkpoint_only(

@@ -110,6 +110,7 @@ def extras_of_project() -> dict[str, list[str]]:
 def test_every_module_names_an_extra_that_installs_it() -> None:
     extras = extras_of_project()
     distributions = {"huggingface_hub": "huggingface_hub", "cuda": "cuda-bindings", "pynvml": "nvidia-ml-py"}
+    distributions["llama_cpp"] = "llama-cpp-python"
     for module, extra in EXTRA_OF_MODULE.items():
         wanted = distributions.get(module, module.replace("_", "-"))
         names = {re.split(r"[^\w-]", requirement, maxsplit=1)[0] for requirement in extras[extra]}
@@ -131,7 +132,8 @@ def test_constraints_pin_every_direct_requirement() -> None:
         for line in (CHECKOUT / "constraints.txt").read_text(encoding="utf-8").splitlines()
         if line and not line.startswith("#")
     }
-    not_for_cpu = {"onnxruntime-gpu", "onnxruntime-genai-cuda", "tensorrt"}
+    # of these, the last two have scripts with environments of their own: scripts/check_llamacpp, scripts/check_vllm
+    not_for_cpu = {"onnxruntime-gpu", "onnxruntime-genai-cuda", "tensorrt", "llama-cpp-python", "vllm"}
     for extra, requirements in extras.items():
         for requirement in requirements:
             name = re.split(r"[^\w-]", requirement, maxsplit=1)[0].replace("_", "-").lower()

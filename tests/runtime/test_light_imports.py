@@ -96,7 +96,7 @@ def test_what_is_missing_is_named_with_its_pip_line(
         "from holov_export import Session\n"
         "from holov_export.errors import MissingExtraError\n"
         "try:\n"
-        "    Session.open(sys.argv[1], provider='cpu', threads=1).ask(sys.argv[2], 'what?')\n"
+        "    Session.open(sys.argv[1], decoder='genai', provider='cpu', threads=1).ask(sys.argv[2], 'what?')\n"
         "except MissingExtraError as error:\n"
         "    print(error.exit_code, error)"
     )
