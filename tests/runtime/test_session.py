@@ -316,7 +316,10 @@ def test_a_closed_session_loads_nothing(toy_bundle: Bundle, photographs: list[Im
 
 
 def test_open_refuses(toy_bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown decoder 'gpt'.*auto, genai, ort, hf, llamacpp, vllm, vllm-server, trtllm, trtllm-api, none"):
+    with pytest.raises(
+        UnknownNameError,
+        match=r"unknown decoder 'gpt'.*auto, genai, ort, hf, llamacpp, vllm, vllm-server, trtllm, trtllm-api, none",
+    ):
         Session.open(toy_bundle, decoder="gpt")
     with pytest.raises(UsageError, match="needs the checkpoint"):
         Session.open(toy_bundle, decoder="hf")
