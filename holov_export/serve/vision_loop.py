@@ -79,6 +79,9 @@ class VisionLoop:
             plain = [ticket for ticket in tickets if not ticket.weight]
             self._put(plain, [_NOTHING] * len(plain), EarlierStages(), 0)
             self._see([ticket for ticket in tickets if ticket.weight])
+        except Exception as error:  # of the worker itself; nobody else knows of these jobs
+            for ticket in tickets:
+                self._decoding.fail(ticket, error)
         finally:
             self.seeing = 0
         return True

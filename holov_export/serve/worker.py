@@ -91,14 +91,21 @@ class Worker:
 
         What the worker's thread does again and again; never raises.
         """
+        found = [self._guarded(each) for each in (self._vision.step, self._decoding.step)]
+        self._observe.load(self.load())
+        return any(found)
+
+    @staticmethod
+    def _guarded(step: Callable[[], bool]) -> bool:
+        """Each job's errors are caught where they belong; what comes this far is an error of the worker itself.
+
+        One side goes on when the other cannot: what nobody sees is at least told that it is late.
+        """
         try:
-            saw = self._vision.step()
-            decoded = self._decoding.step()
-        except Exception:  # each job's errors are caught where they belong; this is an error of the worker itself
+            return step()
+        except Exception:
             log.exception("the worker goes on after an internal error")
             return False
-        self._observe.load(self.load())
-        return saw or decoded
 
     def _work(self) -> None:
         while not self._stopping:

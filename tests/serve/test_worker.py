@@ -368,6 +368,31 @@ def test_an_error_of_the_worker_itself_is_survived(bench: Maker, monkeypatch: py
     assert client.answer
 
 
+def test_jobs_that_the_worker_itself_loses_are_told(
+    bench: Maker, photographs: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An observer or a controller that is broken must not leave clients waiting."""
+    made = bench()
+    monkeypatch.setattr(made.worker._vision, "_tell", lambda *arguments: 1 / 0)
+    client, _ = made.ask(photographs[0])
+    made.worker.step()
+    assert isinstance(client.error, ZeroDivisionError)
+    assert made.worker.load().total == 0
+
+
+def test_late_jobs_are_told_even_where_nothing_can_be_seen(
+    bench: Maker, photographs: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = bench()
+    monkeypatch.setattr(made.worker._vision, "step", lambda: 1 / 0)
+    client, _ = made.ask(photographs[0])
+    made.worker.step()
+    assert not client.events
+    made.clock.now += 1000
+    made.worker.step()
+    assert isinstance(client.error, LateError)
+
+
 def test_a_client_whose_mailbox_is_broken_is_dropped(bench: Maker) -> None:
     one = bench()
 
