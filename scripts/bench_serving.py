@@ -33,7 +33,7 @@ from serving_process import Reply, ServerProcess, chat_body, demo_scenes, stream
 
 CLIENTS = (1, 4, 8, 16, 32)
 #: name -> (tokens of an answer at most, the target of the controller, requests of each client, at least so many)
-MODELS = {"demo": (8, "150ms", 4, 40), "576": (16, "2000ms", 1, 6)}
+MODELS = {"demo": (8, "150ms", 8, 120), "576": (16, "2000ms", 1, 6)}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Mode:
     """How a request is answered: by which server, and with which budget."""
 
     name: str
-    url: str
+    server: ServerProcess
     budget: int | None
 
 
@@ -52,6 +52,7 @@ class Run:
     Attributes:
         ttfts: as the clients see them. in_target: their share; server_in_target: of those that the server counts,
             which begin when a request is read and its picture decoded.
+        cpu_seconds: of the server, for each request.
     """
 
     mode: str
@@ -59,6 +60,7 @@ class Run:
     requests: int
     errors: int
     throughput: float
+    cpu_seconds: float
     ttft_p50: float
     ttft_p99: float
     total_p50: float
@@ -95,14 +97,14 @@ async def closed_loop(mode: Mode, model: str, clients: int, requests: int, max_t
             for number in asked:
                 scene = scenes[number % len(scenes)]
                 body = chat_body(model, scene, stream=True, max_tokens=max_tokens, budget=mode.budget)
-                mine.append(await streamed(http, mode.url, body))
+                mine.append(await streamed(http, mode.server.url, body))
             return mine
 
         return [reply for mine in await asyncio.gather(*(client() for _ in range(clients))) for reply in mine]
 
 
 def measured(mode: Mode, model: str, clients: int, requests: int, max_tokens: int, target: float) -> Run:
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), mode.server.cpu_seconds
     replies = asyncio.run(closed_loop(mode, model, clients, requests, max_tokens))
     seconds = time.perf_counter() - began
     good = [reply for reply in replies if reply.status == 200]
@@ -115,6 +117,7 @@ def measured(mode: Mode, model: str, clients: int, requests: int, max_tokens: in
         requests=requests,
         errors=requests - len(good),
         throughput=len(good) / seconds,
+        cpu_seconds=(mode.server.cpu_seconds - busy) / requests,
         ttft_p50=quantile(firsts, 0.5),
         ttft_p99=quantile(firsts, 0.99),
         total_p50=median(reply.total for reply in good),
@@ -139,6 +142,7 @@ def joined(runs: Sequence[Run]) -> dict[str, Any]:
         "requests": sum(run.requests for run in runs),
         "errors": sum(run.errors for run in runs),
         "requests_per_second": round(median(run.throughput for run in runs), 3),
+        "cpu_seconds_per_request": round(median(run.cpu_seconds for run in runs), 5),
         "ttft_p50_seconds": round(quantile(firsts, 0.5), 4),
         "ttft_p99_seconds": round(quantile(firsts, 0.99), 4),
         "answer_p50_seconds": round(median(run.total_p50 for run in runs), 4),
@@ -164,9 +168,9 @@ def bench(name: str, bundle: Path, options: argparse.Namespace) -> dict[str, Any
             )
         )
         modes = [
-            Mode(f"{tokens} tokens", fixed.url, tokens),
-            Mode(f"{ninth} tokens", fixed.url, ninth),
-            Mode(f"controller, {target}", guided.url, None),
+            Mode(f"{tokens} tokens", fixed, tokens),
+            Mode(f"{ninth} tokens", fixed, ninth),
+            Mode(f"controller, {target}", guided, None),
         ]
         seconds = float(target.removesuffix("ms")) / 1000
         runs: list[Run] = []
@@ -199,7 +203,9 @@ def bench(name: str, bundle: Path, options: argparse.Namespace) -> dict[str, Any
 
 
 def show(found: dict[str, Any]) -> None:
-    table = Table("clients", "mode", "requests/s", "TTFT p50 ms", "p99 ms", "answer p50 ms", "budget", "errors")
+    table = Table(
+        "clients", "mode", "requests/s", "CPU ms each", "TTFT p50 ms", "p99 ms", "answer p50 ms", "budget", "errors"
+    )
     table.add_column("in target")
     table.add_column("(server)")
     for row in found["rows"]:
@@ -207,10 +213,11 @@ def show(found: dict[str, Any]) -> None:
         shares = [f"{row[key]:.0%}" for key in ("share_within_target", "server_share_within_target")]
         rate = f"{row['requests_per_second']:.2f}"
         guided = row["mode"].startswith("controller")
+        times.insert(0, f"{row['cpu_seconds_per_request'] * 1000:,.1f}")
         cells = [str(row["clients"]), row["mode"], rate, *times, f"{row['mean_budget']:.0f}", str(row["errors"])]
         table.add_row(*cells, *shares, end_section=guided)
     print(f"\n{found['model']}: {found['engine']}")
-    Console(width=120).print(table)
+    Console(width=130).print(table)
 
 
 def faults(found: dict[str, Any]) -> list[str]:

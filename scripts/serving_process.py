@@ -68,6 +68,12 @@ class ServerProcess:
         return int(psutil.Process(self._process.pid).memory_info().rss)
 
     @property
+    def cpu_seconds(self) -> float:
+        """What its threads have computed so far; unlike the clock it does not count what else the machine does."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.user + times.system)
+
+    @property
     def files(self) -> int:
         """Open files and connections."""
         return int(psutil.Process(self._process.pid).num_fds())
