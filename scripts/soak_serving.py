@@ -1,613 +1,371 @@
 #!/usr/bin/env python3
-"""Whether `holov-export serve` stays well under rude clients: right answers, right refusals, flat memory, exit code 0.
+"""A server under everything at once, for some thousand requests: it must not fall, grow, or mix answers up.
 
-Starts the real server on 127.0.0.1 with a small queue, and asks every question once, one after the other. Then rounds
-of clients that come all together: plain and streamed questions, whose texts must equal those first ones, between
-clients that leave, that read slowly, and that send what must be refused. Two bursts: within the connections that the
-server keeps, where only 200 and 429 may come, and of 1000 at once, where uvicorn's own plain 503 for too many
-connections may come as well (see docs/serve.md).
+Cycles of mixed requests (answers that are read and compared, clients that leave, slow readers, malformed JSON, bodies
+of 100 MB, decompression bombs, paths out of the media folder) with a thousand requests at one moment at the end of
+each. Every answer is compared with what the same picture, question and budget gave when nothing else was asked; the
+random model answers each of them in other words. After each cycle the memory of the idle server is measured.
 
-Exit code 1 if anything was wrong.
+Exit code 1 if anything is not as it must be; the last lines say what.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
+import io
 import json
-import os
 import random
-import shutil
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
+import numpy as np
 from machine import one_line, write_result
-from rich.console import Console
-from rich.table import Table
-from serving_process import Scene, ServerProcess, chat_body, demo_scenes, uri_of
+from PIL import Image
+from serving_abuse import (
+    bomb,
+    escaping_urls,
+    huge_body,
+    leaving,
+    malformed_bodies,
+    post,
+    slow_reading,
+)
+from serving_process import Reply, Scene, ServerProcess, chat_body, streamed, uri_of
 
-BUDGETS = (16, 144)
-FURTHER_QUESTION = "what is in the picture?"
-QUEUE, BODY_BYTES, PIXELS = 64, 8 << 20, 4_000_000
-#: uvicorn answers 503 to more connections than four times the queue and 64
-BURST, BURST_WITHIN = 1000, 240
-ROUNDS, CLIENTS = 6, (24, 32, 48, 64)
+PICTURES, BUDGETS, NEW_TOKENS = 12, (8, 20, 64), 12
+QUESTIONS = ("what is this ?", "is this w100 ?")
+QUEUE = 256
 FLAT = 0.05
-_PATH = "/v1/chat/completions"
-_TRIES, _LONGEST_PAUSE = 40, 1.0
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A request that must be refused.
-
-    Attributes:
-        kind: its row of the table. statuses: one of these is right.
-    """
-
-    kind: str
-    body: bytes
-    statuses: tuple[int, ...] = (400,)
-    content_type: str = "application/json"
-
-
-@dataclass(frozen=True)
-class Good:
-    """A question, and its body without `stream`."""
-
-    key: str
-    body: dict[str, Any]
+#: how often each kind comes
+MIX = {"stream": 40, "whole": 20, "file": 5, "leave": 14, "slow": 4, "malformed": 8, "path": 5, "bomb": 3, "huge": 1}
 
 
 @dataclass
 class Tally:
-    """What came of all requests.
+    """What happened. `wrong` are sentences about what must not happen."""
 
-    Attributes:
-        counts: by kind and status; 0 is a connection that the server ended.
-        right: good requests that had their own answer. refusals: texts that were said to file URLs.
-    """
+    kinds: Counter[str] = field(default_factory=Counter)
+    answered: int = 0
+    compared: int = 0
+    refused: int = 0
+    wrong: list[str] = field(default_factory=list)
 
-    counts: Counter[tuple[str, int]] = field(default_factory=Counter)
-    right: int = 0
-    problems: list[str] = field(default_factory=list)
-    refusals: set[str] = field(default_factory=set)
-
-    def add(self, kind: str, status: int, allowed: tuple[int, ...], note: str = "") -> None:
-        self.counts[kind, status] += 1
-        if status not in allowed:
-            self.problem(f"{kind}: status {status} {note[:200]}")
-
-    def problem(self, text: str) -> None:
-        self.problems.append(text)
+    def expect(self, true: bool, text: str) -> None:
+        if not true:
+            self.wrong.append(text)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """The server after a round."""
+class Soak:
+    """One server and what is known about it."""
 
-    after: str
-    clients: int
-    seconds: float
-    rss_mb: float
-    files: int
-    threads: int
+    def __init__(self, server: ServerProcess, model: str, folder: Path, outside: Path, seed: int) -> None:
+        self.server, self.model, self.tally = server, model, Tally()
+        self.dice = random.Random(seed)
+        self.pngs = [png_of(index) for index in range(PICTURES)]
+        self.scenes = {
+            (index, question): Scene(uri_of(png), question)
+            for index, png in enumerate(self.pngs)
+            for question in QUESTIONS
+        }
+        self.truth: dict[tuple[int, str, int], str] = {}
+        self.folder = folder
+        (folder / "good.png").write_bytes(self.pngs[0])
+        (folder / "link.png").symlink_to(outside)
+        self.urls = escaping_urls(str(folder), str(outside))
+        self.secret = outside.read_bytes()
+        self.bombs = [bomb(30_000, 30_000), bomb(7_000, 7_000), self.pngs[1][:200]]
+        self.malformed = malformed_bodies(self.body((0, QUESTIONS[0], 8), stream=False))
 
+    def body(self, key: tuple[int, str, int], *, stream: bool) -> dict[str, Any]:
+        index, question, budget = key
+        return chat_body(self.model, self.scenes[index, question], stream=stream, max_tokens=NEW_TOKENS, budget=budget)
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    def some_key(self) -> tuple[int, str, int]:
+        return self.dice.randrange(PICTURES), self.dice.choice(QUESTIONS), self.dice.choice(BUDGETS)
 
+    async def learn(self, client: httpx.AsyncClient) -> None:
+        """The right answers, one at a time."""
+        for index, question in self.scenes:
+            for budget in BUDGETS:
+                key = (index, question, budget)
+                reply = await streamed(client, self.server.url, self.body(key, stream=True))
+                if reply.status != 200:
+                    raise SystemExit(f"the server does not answer: {reply}")
+                self.truth[key] = reply.text
 
-def png(width: int, height: int, rows: bytes, *, before: bytes = b"") -> bytes:
-    """A grey PNG; `rows` is what its pixels decompress to, `before` are chunks in front of them."""
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + before + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+    def compare(self, key: tuple[int, str, int], text: str) -> None:
+        self.tally.compared += 1
+        self.tally.expect(text == self.truth[key], f"{key}: '{text}' instead of '{self.truth[key]}'")
 
+    async def one(self, kind: str, client: httpx.AsyncClient) -> None:
+        """A request of this kind."""
+        self.tally.kinds[kind] += 1
+        await getattr(self, f"do_{kind}")(client)
 
-def bombs() -> dict[str, bytes]:
-    """Small files that are large once they are decoded."""
-    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(64 << 20), 9))
-    return {
-        "header of 50000x50000": png(50_000, 50_000, bytes(64)),
-        "real 8000x8000": png(8000, 8000, bytes(8001 * 8000)),
-        "text chunk of 64 MiB": png(8, 8, bytes(9 * 8), before=text),
-        "GIF of 50000x50000": b"GIF89a" + struct.pack("<HH", 50_000, 50_000) + b"\x00\x00\x00;",
-    }
+    async def do_stream(self, client: httpx.AsyncClient) -> None:
+        key = self.some_key()
+        self.judge(key, await streamed(client, self.server.url, self.body(key, stream=True)))
 
+    def judge(self, key: tuple[int, str, int], reply: Reply) -> None:
+        """An answer must be the right one; a busy server may refuse."""
+        if reply.status == 429:
+            self.tally.refused += 1
+            return
+        self.tally.expect(reply.status == 200, f"status {reply.status} for a good request")
+        if reply.status == 200:
+            self.tally.answered += 1
+            self.compare(key, reply.text)
 
-def prepared_media(work: Path) -> Path:
-    """The media folder: one good picture, and links to a picture beside the folder."""
-    folder = work / "media"
-    folder.mkdir()
-    picture = png(84, 84, bytes(85 * 84))
-    (work / "secret.png").write_bytes(picture)
-    (folder / "good.png").write_bytes(picture)
-    (folder / "inner").mkdir()
-    (folder / "link.png").symlink_to(work / "secret.png")
-    (folder / "out").symlink_to(work)
-    (folder / "loop.png").symlink_to(folder / "loop.png")
-    os.mkfifo(folder / "pipe.png")
-    return folder
+    async def do_whole(self, client: httpx.AsyncClient) -> None:
+        await self.whole(self.some_key(), client)
 
+    async def whole(self, key: tuple[int, str, int], client: httpx.AsyncClient, uri: str = "") -> None:
+        body = self.body(key, stream=False)
+        if uri:
+            body["messages"][0]["content"][0]["image_url"]["url"] = uri
+        status, content = await post(client, self.server.url, json.dumps(body).encode())
+        text = json.loads(content)["choices"][0]["message"]["content"] if status == 200 else ""
+        self.judge(key, Reply(status, text))
 
-def outside_urls(folder: Path) -> list[str]:
-    """What a client may not have, and what is not there; if one is let in, its picture is answered with 200."""
-    up, name = folder.parent.as_posix(), folder.as_posix()
-    inside = ("../secret.png", "%2e%2e/secret.png", "%2e%2e%2fsecret.png", "inner/../../secret.png", "..%5csecret.png")
-    links = ("link.png", "out/secret.png", "loop.png", "pipe.png", "inner", "none.png", "good.png%00", "%ff.png")
-    return [
-        *(f"file://{name}/{end}" for end in (*inside, *links)),
-        *(f"file://{path}" for path in ("/etc/passwd", "/proc/self/environ", f"{up}/secret.png", f"{name}-no/x.png")),
-        f"file://elsewhere{name}/good.png",
-        "file:good.png",
-    ]
+    async def do_file(self, client: httpx.AsyncClient) -> None:
+        key = (0, self.dice.choice(QUESTIONS), self.dice.choice(BUDGETS))
+        await self.whole(key, client, f"file://{self.folder}/good.png")
 
+    async def do_leave(self, client: httpx.AsyncClient) -> None:
+        await leaving(self.server.port, self.body(self.some_key(), stream=self.dice.random() < 0.8), self.dice)
 
-def bad_requests(good: dict[str, Any], folder: Path) -> list[Bad]:
-    """Every kind of refusal that needs no client of its own.
+    async def do_slow(self, client: httpx.AsyncClient) -> None:
+        key = self.some_key()
+        status, content = await slow_reading(self.server.port, self.body(key, stream=True), self.dice.uniform(0, 0.1))
+        pieces = [json.loads(line[6:]) for line in content.split(b"\n") if line.startswith(b"data: {")]
+        text = "".join(choice["delta"].get("content") or "" for item in pieces for choice in item.get("choices", ()))
+        self.judge(key, Reply(status, text))
 
-    Args:
-        good: a body that would be answered.
-    """
+    async def do_malformed(self, client: httpx.AsyncClient) -> None:
+        status, _ = await post(client, self.server.url, self.dice.choice(self.malformed))
+        self.refuses("malformed JSON", status)
 
-    def changed(**fields: Any) -> bytes:
-        return json.dumps({**good, **fields}).encode()
+    async def do_path(self, client: httpx.AsyncClient) -> None:
+        url = self.dice.choice(self.urls)
+        status, content = await self.with_url(url, client)
+        self.refuses(f"'{url[:40]}'", status)
+        self.tally.expect(self.secret not in content and b"root:" not in content, f"'{url[:40]}' was read")
 
-    def about(url: Any, times: int = 1) -> bytes:
-        image = {"type": "image_url", "image_url": {"url": url}}
-        text = {"type": "text", "text": FURTHER_QUESTION}
-        return changed(messages=[{"role": "user", "content": [*[image] * times, text]}])
+    async def do_bomb(self, client: httpx.AsyncClient) -> None:
+        status, _ = await self.with_url(uri_of(self.dice.choice(self.bombs)), client)
+        self.refuses("a bomb", status)
 
-    whole = json.dumps(good).encode()
-    broken = [whole[:-9], b"", b"\xff\xfe{", b"[" * 100_000, b"null", b'{"model": NaN}', whole + b"}", b"{'a': 1}"]
-    wrong: list[dict[str, Any]] = [
-        {"max_tokens": "many"},
-        {"max_tokens": 0},
-        {"max_tokens": 10**6},
-        {"max_tokens": 1.5},
-        {"budget": 0},
-        {"budget": -(10**30)},
-        {"budget": 10**6},
-        {"budget": True},
-        {"temperature": 9},
-        {"temperature": "0"},
-        {"stream": "yes"},
-        {"stop": [1]},
-        {"seed": []},
-        {"messages": {}},
-        {"messages": []},
-        {"messages": [{"role": "user", "content": 7}]},
-        {"messages": [{"role": "thief", "content": "x"}]},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-        {"messages": [{"role": "user", "content": [{"type": "smell", "smell": "x"}]}]},
-        {"messages": [{"role": "user", "content": "x" * 200_000}]},
-        {"model": None},
-    ]
-    asks: list[dict[str, Any]] = [
-        {"n": 2},
-        {"tools": [{}]},
-        {"response_format": {"type": "json_object"}},
-        {"logprobs": True},
-    ]
-    remote = ["http://127.0.0.1/x.png", "https://example.com/x.png", "HTTP://[::1]/x", "ftp://example.com/x", "x.png"]
-    data = ["data:image/png;base64,!!!", "data:image/png;base64,", "data:,x", uri_of(b"no picture")]
-    truncated = uri_of(png(300, 300, bytes(10)))
-    return [
-        *(Bad("malformed JSON", body, (400, 413) if len(body) == 100_000 else (400,)) for body in broken),
-        *(Bad("wrong type or value", changed(**fields)) for fields in wrong),
-        *(Bad("feature it does not have", changed(**fields)) for fields in asks),
-        *(Bad("path outside", about(url)) for url in outside_urls(folder)),
-        *(Bad("remote or odd URL", about(url)) for url in remote),
-        *(Bad("no picture in data URL", about(url)) for url in (*data, truncated)),
-        *(Bad(f"bomb: {name}", about(uri_of(data))) for name, data in bombs().items() for _ in range(4)),
-        Bad("too many images", about(uri_of(png(8, 8, bytes(72))), 20)),
-        Bad("unknown model", changed(model="gpt-none"), (404,)),
-        Bad("not application/json", whole, (415,), "text/plain"),
-        Bad("too many values", b'{"a": [' + b"0," * 1_000_000 + b"0]}", (413,)),
-    ]
+    async def with_url(self, url: str, client: httpx.AsyncClient) -> tuple[int, bytes]:
+        body = self.body((0, QUESTIONS[0], 8), stream=self.dice.random() < 0.5)
+        body["messages"][0]["content"][0]["image_url"]["url"] = url
+        return await post(client, self.server.url, json.dumps(body).encode())
 
+    async def do_huge(self, client: httpx.AsyncClient) -> None:
+        says = self.dice.random() < 0.5
+        status = await huge_body(client, self.server.url, 100_000_000, says=says)
+        self.tally.expect(status in (0, 413, 429), f"status {status} for a body of 100 MB")
 
-def text_of_events(lines: list[str]) -> str | None:
-    """The text of a stream; None if it did not end well."""
-    text, ended, done = "", False, False
-    for line in lines:
-        if line == "data: [DONE]":
-            done = True
-        elif line.startswith("data: "):
-            event = json.loads(line[6:])
-            for choice in event.get("choices", ()):
-                text += choice["delta"].get("content") or ""
-                ended = ended or choice["finish_reason"] is not None
-    return text if ended and done else None
+    def refuses(self, what: str, status: int) -> None:
+        self.tally.expect(400 <= status < 500, f"status {status} for {what}")
 
+    async def flood(self, count: int) -> Counter[int]:
+        """So many at one moment: each is answered rightly or refused with 429, and none is lost."""
+        limits = httpx.Limits(max_connections=None)
+        statuses: Counter[int] = Counter()
+        async with httpx.AsyncClient(timeout=180, limits=limits) as client:
 
-def without_chunks(data: bytes) -> bytes:
-    """The body of a chunked answer."""
-    found, rest = b"", data
-    while rest:
-        head, _, rest = rest.partition(b"\r\n")
-        size = int(head or b"0", 16)
-        found, rest = found + rest[:size], rest[size + 2 :]
-        if size == 0:
-            break
-    return found
+            async def ask() -> None:
+                key = self.some_key()
+                reply = await streamed(client, self.server.url, self.body(key, stream=True))
+                statuses[reply.status] += 1
+                self.judge(key, reply)
+
+            await asyncio.gather(*(ask() for _ in range(count)))
+        self.tally.expect(statuses[200] >= QUEUE // 2, f"only {statuses[200]} of a flood were answered")
+        self.tally.expect(statuses[429] > 0, "a flood was not refused")
+        return statuses
+
+    async def mixed(self, count: int, clients: int) -> None:
+        kinds = self.dice.choices(list(MIX), list(MIX.values()), k=count)
+        queue = iter(kinds)
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=180, limits=limits) as client:
+
+            async def work() -> None:
+                for kind in queue:
+                    await self.one(kind, client)
+
+            await asyncio.gather(*(work() for _ in range(clients)))
 
 
-class Visitor:
-    """All clients, and what comes of them."""
-
-    def __init__(self, server: ServerProcess, good: list[Good], bad: list[Bad], seed: int) -> None:
-        self.server, self.good = server, good
-        self.tally, self.random = Tally(), random.Random(seed)
-        self.bad = itertools.cycle(self.random.sample(bad, len(bad)))
-        self.answers: dict[str, str] = {}
-        self.http = self.client()
-
-    def client(self) -> httpx.AsyncClient:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2)
-        return httpx.AsyncClient(base_url=self.server.url, timeout=180, limits=limits, trust_env=False)
-
-    async def ask_sequentially(self) -> None:
-        """What every later answer is compared with."""
-        for item in self.good:
-            reply = await self.http.post(_PATH, json=item.body)
-            if reply.status_code != 200:
-                raise SystemExit(f"the first question got {reply.status_code}: {reply.text[:300]}")
-            self.answers[item.key] = reply.json()["choices"][0]["message"]["content"]
-
-    async def plain(self, kind: str = "good, plain", allowed: tuple[int, ...] = (200,)) -> int:
-        item = self.random.choice(self.good)
-        # fields that nobody knows are left alone
-        body = {**item.body, "user": "soak", "a_field_that_nobody_knows": [1]}
-        reply = await self.http.post(_PATH, json=body)
-        status = self.judged(kind, reply, allowed)
-        if status == 200:
-            self.compare(kind, item, reply.json()["choices"][0]["message"]["content"])
-        return status
-
-    async def streamed(self) -> int:
-        item = self.random.choice(self.good)
-        body = {**item.body, "stream": True, "kept": self.random.random() < 0.5}
-        async with self.http.stream("POST", _PATH, json=body) as reply:
-            if reply.status_code != 200:
-                await reply.aread()
-                return self.judged("good, streamed", reply, (200,))
-            lines = [line async for line in reply.aiter_lines()]
-        self.tally.add("good, streamed", 200, (200,))
-        self.compare("good, streamed", item, text_of_events(lines))
-        return 200
-
-    def compare(self, kind: str, item: Good, text: str | None) -> None:
-        if text == self.answers[item.key]:
-            self.tally.right += 1
-        else:
-            self.tally.problem(f"{kind}: {item.key} was answered {text!r}, alone {self.answers[item.key]!r}")
-
-    def judged(self, kind: str, reply: httpx.Response, allowed: tuple[int, ...]) -> int:
-        """Count an answer; a 429 must say when to come again."""
-        status = reply.status_code
-        if status == 429:
-            if not reply.headers.get("retry-after", "").isdigit():
-                self.tally.problem(f"{kind}: 429 without Retry-After")
-            allowed = (*allowed, 429)
-        if status == 503 and reply.headers.get("content-type", "").startswith("application/json"):
-            allowed = ()  # of the server itself, and not of uvicorn: it let somebody wait for too long
-        self.tally.add(kind, status, allowed, reply.text)
-        if 400 <= status < 500 and "error" not in reply.json():
-            self.tally.problem(f"{kind}: {status} without an error: {reply.text[:200]}")
-        return status
-
-    async def refused(self) -> int:
-        item = next(self.bad)
-        reply = await self.http.post(_PATH, content=item.body, headers={"content-type": item.content_type})
-        status = self.judged(item.kind, reply, item.statuses)
-        if item.kind == "path outside" and status == 400:
-            self.tally.refusals.add(reply.json()["error"]["message"])
-        return status
-
-    async def connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_connection("127.0.0.1", self.server.port)
-
-    def head(self, *fields: str) -> bytes:
-        lines = [f"POST {_PATH} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", *fields]
-        return ("\r\n".join(lines) + "\r\n\r\n").encode()
-
-    async def leaving(self) -> int:
-        """Leaves with half a body sent, before the answer, or in the middle of a stream; politely or not."""
-        item, when = (
-            self.random.choice(self.good),
-            self.random.choice(("in its body", "before the answer", "in a stream")),
-        )
-        body = json.dumps({**item.body, "stream": when == "in a stream"}).encode()
-        reader, writer = await self.connected()
-        with suppress(ConnectionError, asyncio.TimeoutError):
-            sent = body[: len(body) // 2] if when == "in its body" else body
-            writer.write(self.head(f"Content-Length: {len(body)}") + sent)
-            await writer.drain()
-            if when == "in a stream":
-                await asyncio.wait_for(reader.read(self.random.choice((1, 300))), 60)
-            else:
-                await asyncio.sleep(self.random.uniform(0, 0.05))
-        if self.random.random() < 0.5:
-            writer.transport.abort()
-        writer.close()
-        self.tally.add(f"leaves {when}", 0, (0,))
-        return 0
-
-    async def slow(self) -> int:
-        """Takes a stream in small bites through a small buffer."""
-        item = self.random.choice(self.good)
-        body = json.dumps({**item.body, "stream": True, "kept": True}).encode()
-        plain = socket.socket()
-        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        plain.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(plain, ("127.0.0.1", self.server.port))
-        reader, writer = await asyncio.open_connection(sock=plain, limit=1024)
-        writer.write(self.head(f"Content-Length: {len(body)}", "Connection: close") + body)
-        found = b""
-        while data := await asyncio.wait_for(reader.read(256), 120):
-            found += data
-            await asyncio.sleep(0.02)
-        writer.close()
-        top, _, rest = found.partition(b"\r\n\r\n")
-        status = int(top.split(b" ", 2)[1])
-        self.tally.add("good, slow reader", status, (200, 429), rest.decode(errors="replace"))
-        if status == 200:
-            text = text_of_events(without_chunks(rest).decode().splitlines())
-            self.compare("good, slow reader", item, text)
-        return status
-
-    async def huge(self) -> int:
-        """100 MB with their length or in chunks, or 12 MB; of 100 MB the connection may end before 413 is read."""
-        name, size = self.random.choice(
-            (("100 MB, length", 100 << 20), ("100 MB, chunks", 100 << 20), ("12 MB", 12 << 20))
-        )
-        chunked = name.endswith("chunks")
-        reader, writer = await self.connected()
-        reading = asyncio.ensure_future(reader.read(4096))
-        block = b" " * (1 << 18)
-        framed = b"%x\r\n%s\r\n" % (len(block), block) if chunked else block
-        with suppress(ConnectionError):
-            writer.write(self.head("Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}"))
-            for _ in range(size // len(block)):
-                writer.write(framed)
-                await writer.drain()
-                if reading.done() and size > BODY_BYTES * 8:
-                    break
-        top = b""
-        with suppress(ConnectionError):
-            top = await asyncio.wait_for(reading, 60)
-        writer.transport.abort()
-        status = int(top.split(b" ", 2)[1]) if top.startswith(b"HTTP/1.1 ") else 0
-        self.tally.add(f"body of {name}", status, (413, 429) if size < BODY_BYTES * 8 else (413, 429, 0))
-        return status
-
-    async def one(self) -> None:
-        """One request of the mix; like a polite client it comes again after 429."""
-        kinds: list[Callable[[], Awaitable[int]]] = [self.plain, self.streamed, self.leaving, self.slow, self.refused]
-        ask = self.random.choices([*kinds, self.huge], weights=[26, 26, 12, 4, 29, 3])[0]
-        for _ in range(_TRIES):
+def watch(url: str, stop: Any, found: Any) -> None:
+    with httpx.Client(timeout=60) as client:
+        while not stop.wait(0.25):
+            began = time.perf_counter()
             try:
-                if await ask() != 429:
-                    return
-            except (httpx.HTTPError, OSError, asyncio.TimeoutError) as error:
-                self.tally.problem(f"{ask.__name__}: {type(error).__name__} {error}")
-                return
-            await asyncio.sleep(self.random.uniform(0.2, _LONGEST_PAUSE))
-        self.tally.problem(f"{ask.__name__}: refused {_TRIES} times with 429")
-
-    async def round(self, requests: int, clients: int, ends: float) -> None:
-        left = iter(range(requests))
-
-        async def client() -> None:
-            for _ in left:
-                if time.monotonic() > ends:
-                    return
-                await self.one()
-
-        await asyncio.gather(*(client() for _ in range(clients)))
-
-    async def burst(self, count: int) -> None:
-        """All at once, each once."""
-        kind = f"burst of {count}"
-        over = count > BURST_WITHIN
-
-        async def one() -> None:
-            try:
-                await self.plain(kind, (200, 503) if over else (200,))
-            except httpx.HTTPError as error:
-                self.tally.add(kind, 0, (0,) if over else (), type(error).__name__)
-
-        await asyncio.gather(*(one() for _ in range(count)))
-        if not self.tally.counts[kind, 429]:
-            self.tally.problem(f"{kind}: nobody got 429")
-
-    async def idle(self) -> None:
-        """End all idle connections, and wait until nothing is in hand; that must not take long."""
-        await self.http.aclose()
-        await asyncio.sleep(0.5)
-        self.http = self.client()
-        load: dict[str, Any] = {}
-        for _ in range(100):
-            try:
-                reply = await self.http.get("/health")
-            except httpx.HTTPError as error:
-                self.tally.problem(f"/health: {type(error).__name__} {error}")
-                return
-            load = reply.json()
-            if reply.status_code == 200 and not (load["queued"] or load["seeing"] or load["decoding"]):
-                return
-            await asyncio.sleep(0.2)
-        self.tally.problem(f"20 s after its last client the server still has something in hand: {load}")
+                told = client.get(f"{url}/health").json()
+            except (httpx.HTTPError, ValueError):
+                found.put((None, 0))
+                continue
+            hand = sum(told[key] for key in ("queued", "seeing", "decoding"))
+            found.put((time.perf_counter() - began, hand))
+        found.put(None)
 
 
-def good_requests(model: str) -> list[Good]:
-    """Every demo picture with every question and budget."""
-    scenes = demo_scenes()
-    questions = [*dict.fromkeys(item.question for item in scenes), FURTHER_QUESTION]
-    return [
-        Good(f"scene {number}, '{question}', {budget}", body)
-        for number, scene in enumerate(scenes)
-        for question in questions
-        for budget in BUDGETS
-        for body in [chat_body(model, Scene(scene.uri, question), stream=False, max_tokens=24, budget=budget)]
-    ]
+class Watch:
+    def __init__(self, url: str) -> None:
+        spawning = get_context("spawn")
+        self._stop, self._found = spawning.Event(), spawning.Queue()
+        self._process = spawning.Process(target=watch, args=(url, self._stop, self._found), daemon=True)
+        self.seen: list[tuple[float | None, int]] = []
+
+    def __enter__(self) -> Watch:
+        self._process.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self.seen = list(iter(self._found.get, None))
+        self._process.join()
 
 
-async def soak(server: ServerProcess, folder: Path, options: argparse.Namespace) -> tuple[Visitor, list[Sample]]:
-    model = httpx.get(f"{server.url}/v1/models", timeout=30).json()["data"][0]["id"]
-    good = good_requests(model)
-    visitor = Visitor(server, good, bad_requests(good[0].body, folder), options.seed)
-    await visitor.ask_sequentially()
-    samples: list[Sample] = []
-
-    def sample(after: str, clients: int, began: float) -> None:
-        rss = round(server.rss / 1e6, 1)
-        samples.append(Sample(after, clients, round(time.monotonic() - began, 1), rss, server.files, server.threads))
-        print(f"{after}: {rss} MB", file=sys.stderr, flush=True)
-
-    sample("start", 1, time.monotonic())
-    ends = time.monotonic() + options.seconds
-    for number in range(ROUNDS):
-        if not server.alive or time.monotonic() > ends:
-            break
-        began, clients = time.monotonic(), CLIENTS[min(number, len(CLIENTS) - 1)]
-        await visitor.round(options.requests // ROUNDS, clients, ends)
-        if number in (0, ROUNDS // 2):  # memory after the second must be what it was after the first
-            await visitor.burst(BURST_WITHIN)
-            await visitor.burst(BURST)
-        await visitor.idle()
-        if not server.alive:
-            break
-        sample(f"round {number + 1}", clients, began)
-    await visitor.http.aclose()
-    return visitor, samples
+def png_of(index: int) -> bytes:
+    """A picture of coloured blobs like no other."""
+    dots = np.random.default_rng(index).integers(0, 255, (6, 6, 3), np.uint8)
+    found = io.BytesIO()
+    Image.fromarray(dots).resize((150 + 7 * index, 130), Image.Resampling.BICUBIC).save(found, "PNG")
+    return found.getvalue()
 
 
-def check_end(visitor: Visitor, samples: list[Sample], alive: bool, server: ServerProcess) -> float:
-    """What only the end shows; comes back with the largest distance of the memory from the second round's."""
-    tally = visitor.tally
-    if not alive:
-        tally.problem("the server died")
-    if server.exit_code != 0:
-        tally.problem(f"SIGTERM ended it with {server.exit_code}")
-    if len(tally.refusals) > 1:
-        tally.problem(f"file URLs are refused in different words: {sorted(tally.refusals)}")
-    if "Traceback" in server.log or "internal error" in server.log:
-        tally.problem(f"the server's log has a traceback: {server.log[-1500:]}")
-    accepted = sum(
-        count for (kind, status), count in tally.counts.items() if status == 200 and kind.startswith(("good", "burst"))
-    )
-    if accepted != tally.right:
-        tally.problem(f"{accepted} good requests were accepted, {tally.right} had their answers")
-    later = [item for item in samples if item.after.startswith("round")][1:]
-    if len(later) < 2:
-        tally.problem("too few rounds to see whether memory grows; give it more --seconds")
-        return 0.0
-    drift = max((abs(item.rss_mb / later[0].rss_mb - 1) for item in later), default=0.0)
-    if drift > FLAT:
-        tally.problem(f"memory moved by {drift:.1%} from the second round on")
-    if later[-1].files > later[0].files + 8:
-        tally.problem(f"open files grew from {later[0].files} to {later[-1].files}")
-    return drift
+def exported(work: Path) -> Path:
+    from serving_model import write_checkpoint
 
-
-def show(visitor: Visitor, samples: list[Sample], drift: float) -> None:
-    console = Console(width=110)
-    table = Table("kind", "status", "count", title=one_line())
-    for (kind, status), count in sorted(visitor.tally.counts.items()):
-        table.add_row(kind, str(status) if status else "ended", str(count))
-    console.print(table)
-    curve = Table("after", "clients", "s", "RSS, MB", "files", "threads")
-    for item in samples:
-        curve.add_row(
-            item.after,
-            str(item.clients),
-            *(str(n) for n in (item.seconds, item.rss_mb)),
-            str(item.files),
-            str(item.threads),
-        )
-    console.print(curve)
-    total = sum(visitor.tally.counts.values())
-    console.print(f"{total} requests, {visitor.tally.right} answers as alone, memory within {drift:.1%} of round 2")
-    for text, count in Counter(visitor.tally.problems).most_common(20):
-        console.print(f"WRONG ({count}x): {text}", markup=False)
-
-
-def allow_files() -> None:
-    """A burst needs more than the usual 1024."""
-    import resource
-
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192) if hard > 0 else 8192, hard))
-
-
-def bundle_of_demo(work: Path) -> Path:
-    line = [sys.executable, "-c", "from holov_export.cli import main; main()", "--model", "demo"]
-    bundle = work / "bundle"
-    subprocess.run([*line, "--output", str(bundle), "--no-verify"], check=True, capture_output=True)
+    bundle = work / "bundle-small"
+    if not bundle.exists():
+        write_checkpoint(work / "checkpoint-small", "small")
+        line = [sys.executable, "-c", "from holov_export.cli import main; main()", "--no-verify"]
+        line += ["--model", str(work / "checkpoint-small"), "--output", str(bundle)]
+        subprocess.run(line, check=True, capture_output=True)
     return bundle
 
 
-def main() -> int:
+async def idle(server: ServerProcess) -> None:
+    """Until nothing is in hand."""
+    ends = time.monotonic() + 120
+    async with httpx.AsyncClient(timeout=60) as client:
+        while time.monotonic() < ends:
+            found = (await client.get(f"{server.url}/health")).json()
+            if not any(found[key] for key in ("queued", "seeing", "decoding")):
+                break
+            await asyncio.sleep(0.2)
+    await asyncio.sleep(1)
+
+
+async def soak(run: Soak, options: argparse.Namespace) -> dict[str, Any]:
+    """All cycles; the curve of memory and what came of floods."""
+    server, curve, floods = run.server, [], Counter()
+    async with httpx.AsyncClient(timeout=60) as client:
+        await run.learn(client)
+    distinct = len(set(run.truth.values()))
+    run.tally.expect(distinct >= 0.9 * len(run.truth), f"only {distinct} answers of {len(run.truth)} differ")
+    for cycle in range(options.cycles):
+        await run.mixed(options.requests // options.cycles, options.clients)
+        floods += await run.flood(options.flood)
+        await idle(server)
+        curve.append({"rss_mb": round(server.rss / 1e6, 1), "files": server.files, "threads": server.threads})
+        print(f"cycle {cycle + 1} of {options.cycles}: {curve[-1]}, {len(run.tally.wrong)} faults", flush=True)
+    return {
+        "curve": curve,
+        "floods": {str(status): count for status, count in floods.items()},
+        "truths": len(run.truth),
+        "different_truths": distinct,
+    }
+
+
+def health_of(run: Soak, seen: list[tuple[float | None, int]]) -> dict[str, Any]:
+    times = sorted(seconds for seconds, _ in seen if seconds is not None)
+    run.tally.expect(len(times) == len(seen), f"/health was refused {len(seen) - len(times)} times")
+    most = max(hand for _, hand in seen)
+    run.tally.expect(most <= QUEUE, f"{most} jobs in hand")
+    return {
+        "most_jobs_in_hand": most,
+        "health_p50_seconds": round(median(times), 4),
+        "health_p99_seconds": round(times[int(0.99 * (len(times) - 1))], 3),
+        "health_longest_seconds": round(times[-1], 3),
+    }
+
+
+def judged(run: Soak, found: dict[str, Any]) -> dict[str, Any]:
+    """Look at memory and at the server's own books."""
+    tally, metrics = run.tally, run.server.metrics()
+    curve = [point["rss_mb"] for point in found["curve"]]
+    settled = curve[len(curve) // 3 :]
+    print(curve)
+    growth = max(settled) / settled[0] - 1
+    tally.expect(growth <= FLAT, f"memory grew by {growth:.1%} after the warm-up")
+    files = [point["files"] for point in found["curve"]]
+    tally.expect(max(files) - min(files) <= 8, f"open files: {files}")
+    ended = {key.split('"')[1]: int(value) for key, value in metrics.items() if key.startswith("holov_requests_total")}
+    tally.expect(int(metrics["holov_accepted_total"]) == sum(ended.values()), f"accepted jobs were lost: {ended}")
+    tally.expect(not ended["failed"], f"{ended['failed']} jobs failed")
+    in_hand = sum(value for key, value in metrics.items() if key.startswith("holov_jobs"))
+    tally.expect(in_hand == 0, f"{in_hand:g} jobs are still in hand")
+    return {**found, "growth_after_warm_up": round(growth, 4), "jobs": ended}
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, help="of the demo model [default: make one]")
-    parser.add_argument("--requests", type=int, default=3000, help="of all rounds, without the bursts [3000]")
-    parser.add_argument("--seconds", type=float, default=900, help="no new requests after so long [900]")
+    parser.add_argument("--requests", type=int, default=6000, help="mixed ones, of all cycles together (6000)")
+    parser.add_argument("--cycles", type=int, default=12, help="(12)")
+    parser.add_argument("--flood", type=int, default=1000, help="requests at one moment, in each cycle (1000)")
+    parser.add_argument("--clients", type=int, default=16, help="at once (16)")
+    parser.add_argument("--decoder", default="auto", help="of the server (auto)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--work", type=Path, help="keeps the bundle here (a temporary folder)")
+    parser.add_argument("--json", type=Path, help="write the result here as well")
     options = parser.parse_args()
-    allow_files()
-    work = Path(tempfile.mkdtemp(prefix="soak-")).resolve()
-    try:
-        bundle = options.bundle or bundle_of_demo(work)
-        folder = prepared_media(work)
-        limits = ["--queue", str(QUEUE), "--max-body", str(BODY_BYTES), "--max-pixels", str(PIXELS)]
-        server = ServerProcess(bundle, *limits, "--request-timeout", "60s", "--media-folder", str(folder))
-        found, alive = None, False
-        try:
-            with server:
-                found = asyncio.run(soak(server, folder, options))
-                alive = server.alive
-        except SystemExit:  # a wrong exit code is one of the problems that are shown
-            if found is None:
-                raise
-        assert found is not None
-        visitor, samples = found
-        drift = check_end(visitor, samples, alive, server)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    show(visitor, samples, drift)
-    if options.json is not None:
-        counts: dict[str, dict[str, int]] = {}
-        for (kind, status), count in sorted(visitor.tally.counts.items()):
-            counts.setdefault(kind, {})[str(status) if status else "ended"] = count
-        result = {
-            "limits": {"queue": QUEUE, "body_bytes": BODY_BYTES, "pixels": PIXELS},
-            "requests": sum(visitor.tally.counts.values()),
-            "answers_as_alone": visitor.tally.right,
-            "counts": counts,
-            "memory": [vars(item) for item in samples],
-            "memory_drift": round(drift, 4),
-            "exit_code": server.exit_code,
-            "problems": visitor.tally.problems[:50],
-        }
+    print(one_line())
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="soak-serving-") as temporary:
+        work, media = options.work or Path(temporary), Path(temporary) / "media"
+        media.mkdir(parents=True)
+        outside = Path(temporary) / "secret.png"
+        outside.write_bytes(png_of(99))
+        words = ["--media-folder", str(media), "--threads", "1", "--queue", str(QUEUE), "--decoder", options.decoder]
+        with ServerProcess(exported(work), *words) as server:
+            model = httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"]
+            run = Soak(server, model, media, outside, options.seed)
+            with Watch(server.url) as watched:
+                found = asyncio.run(soak(run, options))
+            found |= health_of(run, watched.seen)
+            found = judged(run, found)
+            run.tally.expect("Traceback" not in server.log, f"the server's log:\n{server.log[-2000:]}")
+        run.tally.expect(server.exit_code == 0, f"the server ended with {server.exit_code}")
+    tally = run.tally
+    result = {
+        "minutes": round((time.perf_counter() - began) / 60, 1),
+        "requests": {**tally.kinds, "flood": options.flood * options.cycles},
+        "answers_compared": tally.compared,
+        "refused_because_busy": tally.refused,
+        **found,
+        "faults": tally.wrong[:50],
+    }
+    print(json.dumps(result, indent=1))
+    if options.json:
         write_result(options.json, result)
-    return 1 if visitor.tally.problems else 0
+    print("\n".join(tally.wrong[:20]) or "nothing fell, nothing grew, every answer was its own")
+    raise SystemExit(1 if tally.wrong else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

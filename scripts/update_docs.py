@@ -96,6 +96,7 @@ def blocks() -> dict[str, str]:
         "prefill": prefill_table(),
         "true-size": true_size_table(),
         "true-size-families": true_size_families_table(),
+        "serving": serving_table(),
         "gpu": gpu_block(RESULTS),
     }
 
@@ -136,6 +137,33 @@ def methods_table() -> str:
         when = "early" if policy.features is FeatureSource.NONE else "late"
         lines.append(f"| `{name}` | {policy.summary} | {when} | {policy.source} |")
     return "\n".join(lines)
+
+
+def serving_table() -> str:
+    """Requests a second and time to the first token of scripts/bench_serving, for the model with 576 tokens."""
+    result = read("serving-cpu.json")
+    (model,) = (item for item in result["models"] if item["tokens"] == 576)
+    found = {(row["clients"], row["mode"]): row for row in model["rows"]}
+    everything, ninth, controlled = dict.fromkeys(row["mode"] for row in model["rows"])
+    heads = [f"requests/s, {everything}", ninth, "ratio", "controller"]
+    heads += [f"first token p50, {everything}", ninth, "controller"]
+    lines = ["| clients | " + " | ".join(heads) + " |", "|---:|" + "---:|" * len(heads)]
+    for clients in dict.fromkeys(row["clients"] for row in model["rows"]):
+        rows = [found[clients, mode] for mode in (everything, ninth, controlled)]
+        rates = [row["requests_per_second"] for row in rows]
+        firsts = [f"{row['ttft_p50_seconds']:.2f} s" for row in rows]
+        cells = [f"{rates[0]:.2f}", f"{rates[1]:.2f}", f"{rates[1] / rates[0]:.1f}x", f"{rates[2]:.2f}", *firsts]
+        lines.append(f"| {clients} | " + " | ".join(cells) + " |")
+    smallest, largest = model["controller_range"]
+    note = (
+        "`scripts/bench_serving`: a random model with LLaVA-1.5's 576 tokens and few, small layers, answers of at most "
+        f"{model['new_tokens_at_most']} tokens, GenAI with {result['threads']} thread on {result['machine']['cpu']}, "
+        f"clients on the same two cores, medians of {result['rounds']} interleaved rounds, no errors, "
+        f"{result['date'][:10]}. The controller aims at {model['target_ttft_seconds']:g} s with budgets of {smallest} "
+        f"to {largest}."
+    )
+    assert not result["faults"]
+    return "\n".join([*lines, "", note])
 
 
 def encoder_table() -> str:
