@@ -162,6 +162,8 @@ def serving_table() -> str:
         f"{result['date'][:10]}. The controller aims at {model['target_ttft_seconds']:g} s with budgets of {smallest} "
         f"to {largest}."
     )
+    if result.get("note"):
+        note += f" Note: {result['note']}."
     assert not result["faults"]
     return "\n".join([*lines, "", note])
 
