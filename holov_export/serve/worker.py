@@ -30,9 +30,8 @@ class Worker:
 
     One thread does everything: see a batch, then one token for every open answer, and again. Two threads, one that sees
     and one that decodes, were tried and bring nothing on one machine: both want the same cores or the same GPU, and
-    ONNX Runtime GenAI 0.18 keeps Python's lock while it prefills (0.8 s of 0.8 s at 576 rows on a CPU). In six
-    pairs of runs with 8 clients on two busy cores, throughput with two threads was within the noise and the median
-    time to the first token one to three times as long, because the graphs of later jobs ran beside the prefill of the
+    ONNX Runtime GenAI 0.18 keeps Python's lock while it prefills. In pairs of runs on a busy machine throughput was
+    about the same and first tokens came later, because the graphs of later jobs ran beside the prefill of the
     first. One thread also shares nothing and repeats exactly. Decoders that run elsewhere go on while it sees.
     """
 
