@@ -13,7 +13,12 @@ from PIL import Image
 
 from holov_export.bundle import Bundle, open_bundle, read_manifest
 from holov_export.cli.console import OUT, print_json, say
-from holov_export.cli.decoder_options import check_decoder_options, decoder_options, decoder_settings
+from holov_export.cli.decoder_options import (
+    check_decoder_options,
+    check_engine_options,
+    decoder_options,
+    decoder_settings,
+)
 from holov_export.cli.options import (
     UserPath,
     bundle_argument,
@@ -114,7 +119,7 @@ def ask(
         sys.stdout.flush()
 
     check_sampling(sampling)
-    _check_engine(engine, target)
+    check_engine_options(engine, target)
     _check_request(bundle, images, budget, quotas, videos=videos, methods=(method,) if method else ())
     opened = graph_of(open_bundle(bundle, verify=verify), method)
     settings = decoder_settings(opened, *choice)
@@ -145,11 +150,6 @@ def ask(
         return
     sys.stdout.write("\n")
     say(_timing_line(answer))
-
-
-def _check_engine(engine: str, target: str | None) -> None:
-    if target is not None and engine != "tensorrt":
-        raise click.UsageError("--target is for --engine tensorrt only; ONNX Runtime runs the graph itself.")
 
 
 def _check_request(
@@ -280,7 +280,7 @@ def show(
     unknown = [name for name in names if name not in POLICIES and name not in held]
     if unknown:
         raise click.UsageError(f"unknown method '{unknown[0]}'; known: {', '.join(dict.fromkeys([*held, *POLICIES]))}.")
-    _check_engine(engine, target)
+    check_engine_options(engine, target)
     _check_request(bundle, [image] if image else [], budget, videos=[video] if video else [])
     if video is not None:
         clip_from(video)  # what cannot be read is refused before gigabytes are hashed

@@ -77,6 +77,16 @@ def check_decoder_options(
             raise click.UsageError(f"{option} is for --decoder {' or '.join(readers)} only.")
 
 
+def check_engine_options(engine: str, target: str | None) -> None:
+    """Refuse a target for an engine that has none.
+
+    Raises:
+        click.UsageError: says so.
+    """
+    if target is not None and engine != "tensorrt":
+        raise click.UsageError("--target is for --engine tensorrt only; ONNX Runtime runs the graph itself.")
+
+
 def decoder_settings(
     opened: Bundle, decoder: str, checkpoint: str | None, folder: Path | None, url: str | None, tensor_parallel: int
 ) -> DecoderOptions:

@@ -12,7 +12,12 @@ import click
 
 from holov_export.bundle import open_bundle
 from holov_export.cli.console import say
-from holov_export.cli.decoder_options import check_decoder_options, decoder_options, decoder_settings
+from holov_export.cli.decoder_options import (
+    check_decoder_options,
+    check_engine_options,
+    decoder_options,
+    decoder_settings,
+)
 from holov_export.cli.options import (
     UserPath,
     bundle_argument,
@@ -150,8 +155,7 @@ def serve_command(
 ) -> None:
     """Answer over HTTP as OpenAI's API does: POST /v1/chat/completions. A page to try it is at /."""
     _check_budget_options(budget, target_ttft, min_budget, max_budget)
-    if target is not None and engine != "tensorrt":
-        raise click.UsageError("--target is for --engine tensorrt only; ONNX Runtime runs the graph itself.")
+    check_engine_options(engine, target)
     choice = (decoder, checkpoint, decoder_folder, decoder_url, tensor_parallel)
     check_decoder_options(*choice)
     key = _key(api_key, api_key_file)

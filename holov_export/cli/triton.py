@@ -8,7 +8,12 @@ import click
 
 from holov_export.bundle import open_bundle
 from holov_export.cli.console import OUT, print_json, say, table
-from holov_export.cli.decoder_options import check_decoder_options, decoder_options, decoder_settings
+from holov_export.cli.decoder_options import (
+    check_decoder_options,
+    check_engine_options,
+    decoder_options,
+    decoder_settings,
+)
 from holov_export.cli.options import (
     UserPath,
     bundle_argument,
