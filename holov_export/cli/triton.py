@@ -94,9 +94,12 @@ def triton_command(
     as_json: bool,
 ) -> None:
     """Write a model repository for a Triton Inference Server."""
-    check_decoder_options(decoder, checkpoint, decoder_folder, decoder_url, tensor_parallel)
+    choice = (decoder, checkpoint, decoder_folder, decoder_url, tensor_parallel)
+    check_decoder_options(*choice)
+    if layout != "tensorrt":
+        check_engine_options(engine, target)
     opened = graph_of(open_bundle(bundle, verify="full" if verify == "full" else "size"), method)
-    options = decoder_settings(opened, decoder, checkpoint, decoder_folder, decoder_url, tensor_parallel)
+    options = decoder_settings(opened, *choice)
     settings = ModelSettings(
         bundle=str(opened.folder),
         method=method,
