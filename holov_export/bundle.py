@@ -30,8 +30,8 @@ from holov_export.signature import TensorSpec
 from holov_export.spec import ExportPlan, GraphPlan
 from holov_export.storage import FolderKind, sha256_of
 
-#: of manifest.json; 4 since pictures may have unequal numbers of tokens
-SCHEMA = 4
+#: of manifest.json; 5 since vision graphs may be quantised
+SCHEMA = 5
 MANIFEST = "manifest.json"
 VISION = "vision.onnx"
 TOKENIZER = "tokenizer.json"
@@ -39,6 +39,7 @@ NEWLINE = "newline.npy"
 DECODER = "decoder"
 REPORTS = "reports"
 ENGINES = "engines"
+CALIBRATION = "calibration"
 
 _KIND = FolderKind(marker=MANIFEST, noun="bundle")
 

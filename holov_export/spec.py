@@ -29,6 +29,7 @@ from holov_export.signature import TensorSpec, patches_signature, views_signatur
 
 __all__ = [
     "OPSETS",
+    "QUANTIZED_OPSET",
     "CheckpointSource",
     "Cut",
     "DecoderPrecision",
@@ -38,11 +39,14 @@ __all__ = [
     "FramesSpec",
     "GraphPlan",
     "ImageSpec",
+    "Int4Settings",
     "ModelSpec",
     "NoVideo",
     "PatchImageSpec",
     "Precision",
     "PromptSpec",
+    "Quantization",
+    "QuantizedType",
     "QwenVisionSpec",
     "TiledImageSpec",
     "VisionSpec",
@@ -71,6 +75,51 @@ class DecoderPrecision(str, Enum):
     FP16 = "fp16"
     BF16 = "bf16"
     INT4 = "int4"
+
+
+class Int4Settings(Frozen):
+    """How an int4 decoder's weights were rounded. Nothing else of the decoder is int4.
+
+    Attributes:
+        algorithm: "rtn" rounds to nearest; the "k_quant" ones also search the scale, "mixed" and "last" leave some
+            layers in 8 bits; "awq" and "gptq" are the checkpoint's own weights, quantised by whoever made it.
+        block_size: weights that share a scale.
+        accuracy_level: of ONNX Runtime's product, 4 rounds activations to int8 by blocks, 0 leaves it to the provider.
+    """
+
+    algorithm: Literal["rtn", "k_quant", "k_quant_mixed", "k_quant_last", "awq", "gptq"] = "rtn"
+    block_size: Literal[16, 32, 64, 128, 256] = 32
+    accuracy_level: int = Field(default=4, ge=0, le=4)
+
+
+class QuantizedType(str, Enum):
+    """Type of the factors of quantised products: of the weights, and of the activations that meet them."""
+
+    INT8 = "int8"
+    FP8 = "fp8"
+
+
+class Quantization(Frozen):
+    """How the products with weights of a vision graph are quantised. What decides which tokens stay never is.
+
+    Attributes:
+        type: "fp8" is E4M3.
+        engine: what the graph is written for. "tensorrt" has Q/DQ nodes with fixed, symmetric scales, "cpu" is the form
+            that ONNX Runtime's CPU provider is fast in.
+        recipe, recipe_sha256: the calibration's; empty for "cpu", whose scales are found at run time.
+        algorithm: how ranges were found; "" for "cpu".
+        smoothing: the share of an outlier channel that moves from the activations to the weights; None for none.
+            Source: Xiao et al., SmoothQuant, arXiv 2211.10438, alpha.
+        keep: what stays in the bundle's precision: parts of weight names, see `quantize.linears.matches`.
+    """
+
+    type: QuantizedType
+    engine: Literal["tensorrt", "cpu"] = "tensorrt"
+    recipe: str = ""
+    recipe_sha256: str = ""
+    algorithm: Literal["", "minmax", "percentile", "entropy"] = ""
+    smoothing: float | None = Field(default=None, gt=0, lt=1)
+    keep: tuple[str, ...] = ()
 
 
 class Cut(Frozen):
@@ -181,6 +230,10 @@ class CheckpointSource(Frozen):
 OPSETS = {Precision.FP32: 18, Precision.FP16: 18, Precision.BF16: 22}
 
 
+#: Q/DQ nodes with float16 scales, and 8-bit floats, came with this one; what else is in the graph did not change then
+QUANTIZED_OPSET = 19
+
+
 class ExportPlan(Frozen):
     """Everything an export will do, resolved before it does anything. `--dry-run` prints it.
 
@@ -189,6 +242,8 @@ class ExportPlan(Frozen):
         also: further graphs over the same weights.
         budget: tokens of an image when none is asked for; None for a ninth of N.
         precision: of the vision graphs. decoder: precision of the embedded decoder, or None to leave it out.
+        quantization: of the vision graphs; `precision` is then that of all that is not quantised.
+        decoder_int4: of an int4 decoder; None for others.
         decoder_provider: execution provider that the decoder's graph is built for; a runtime may choose another.
         opset: of the vision graph, asserted after export.
         newlines: the rows of a picture that keep a token keep their newline embedding (LLaVA-NeXT).
@@ -203,6 +258,8 @@ class ExportPlan(Frozen):
     budget: int | None = Field(default=None, ge=1)
     precision: Precision
     decoder: DecoderPrecision | None
+    quantization: Quantization | None = None
+    decoder_int4: Int4Settings | None = None
     decoder_provider: Literal["cpu", "cuda"] = "cpu"
     opset: int = 18
     newlines: bool = True
@@ -225,6 +282,15 @@ class ExportPlan(Frozen):
     def method(self) -> str:
         """The name of the default graph."""
         return graph_name(self.policy, self.cuts)
+
+    @property
+    def precision_name(self) -> str:
+        """What people call the vision graph's precision: "fp16", "int8", "fp16-int8", "int8-cpu"."""
+        if self.quantization is None:
+            return self.precision.value
+        rest = "" if self.precision is Precision.FP32 else f"{self.precision.value}-"
+        written_for = "-cpu" if self.quantization.engine == "cpu" else ""
+        return f"{rest}{self.quantization.type.value}{written_for}"
 
     @property
     def parts(self) -> tuple[Literal["image", "video"], ...]:
