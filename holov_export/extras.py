@@ -33,6 +33,8 @@ EXTRA_OF_MODULE = {
     "llama_cpp": "llamacpp",
     "vllm": "vllm",
     "matplotlib": "bench",
+    "skimage": "calibration",
+    "sklearn": "calibration",
     "pynvml": "bench",
 }
 

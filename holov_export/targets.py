@@ -6,32 +6,27 @@ A target is a TOML file: one of `engines/` (`--target jetson-agx-orin-64gb`), or
 
 from __future__ import annotations
 
-import difflib
 import json
-import os
 import re
-import sys
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, PlainValidator, ValidationError, WithJsonSchema, model_validator
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from holov_export.assets import data_folder
-from holov_export.errors import StorageError, UnknownNameError, UsageError
 from holov_export.policies import Frozen
+from holov_export.toml_files import FileKind, names_in, path_from_name, value_from_file
 from holov_export.versions import version_from_text
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 TargetPrecision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 TargetKind = Literal["jetson", "datacenter", "workstation"]
 
 #: upper ends that no board comes near: they catch a wrong unit and infinity
 _RATE, _SIZE = 100_000, 2**31 - 1
+_KIND = FileKind(
+    noun="target", readme="engines/README.md", own="./board.toml", lister="`holov-export targets` lists them"
+)
 _VERSION = r"^\d+(\.\d+){0,3}$"
 
 
@@ -296,7 +291,7 @@ def _budget_of(said: int | str, tokens: int) -> int:
 
 def target_names() -> tuple[str, ...]:
     """Names of the targets that ship with the package, sorted."""
-    return tuple(sorted(path.stem for path in data_folder("engines").glob("*.toml")))
+    return names_in(data_folder("engines"))
 
 
 def list_targets() -> tuple[EngineTarget, ...]:
@@ -316,99 +311,12 @@ def target_from_name(name_or_path: str) -> EngineTarget:
         UsageError: the file does not parse or a value in it is wrong; the message names file, key and line.
         StorageError: the file cannot be read.
     """
-    if name_or_path.endswith(".toml"):
-        return target_from_file(Path(os.path.expanduser(name_or_path)))  # Path's own raises for ~nobody
-    names = target_names()
-    if name_or_path in names:
-        return target_from_file(data_folder("engines") / f"{name_or_path}.toml")
-    begun = [name for name in names if name_or_path and name.startswith(name_or_path)]
-    close = dict.fromkeys([*begun, *difflib.get_close_matches(name_or_path, names, n=3, cutoff=0.5)])
-    meant = f"Did you mean: {', '.join(list(close)[:3])}? " if close else ""
-    raise UnknownNameError(
-        f"unknown target '{name_or_path}'.",
-        hint=f"{meant}`holov-export targets` lists them; a file of your own is named by its path: ./board.toml",
-    )
+    return target_from_file(path_from_name(name_or_path, data_folder("engines"), _KIND))
 
 
 def target_from_file(path: Path) -> EngineTarget:
-    """Read one TOML file.
-
-    Raises:
-        UnknownNameError: there is no such file.
-        UsageError: it does not parse or a value in it is wrong; the message names file, key and line.
-        StorageError: it cannot be read.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
-    except (FileNotFoundError, NotADirectoryError):
-        raise UnknownNameError(
-            f"there is no target file '{path}'.", hint="`holov-export targets` lists the targets known by name."
-        ) from None
-    except IsADirectoryError:
-        raise UsageError(f"'{path}' is a folder, not a target file.") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"'{path}' is not UTF-8 text: {error.reason}.", hint="Save it as UTF-8.") from error
-    except OSError as error:
-        raise StorageError(f"cannot read '{path}': {error.strerror}.") from error
-    try:
-        raw = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UsageError(f"'{path}' is not TOML: {error}.", hint="engines/README.md shows a target file.") from error
-    try:
-        return EngineTarget.model_validate(raw)
-    except ValidationError as error:
-        raise UsageError(
-            f"'{path}' is no usable target: {'; '.join(_problem(item, text) for item in _causes(error))}.",
-            hint="engines/README.md explains every field.",
-        ) from error
-
-
-#: what pydantic would say of a program's arguments, said of a file
-_WORDS = {"missing": "missing", "extra_forbidden": "unknown key"}
-
-
-def _causes(error: ValidationError) -> list[Any]:
-    """Pydantic's errors without those of a list that is too short only because its entries were refused."""
-    found: list[Any] = error.errors()
-    inner = [item["loc"] for item in found]
-    return [
-        item
-        for item in found
-        if item["type"] != "too_short"
-        or not any(len(loc) > len(item["loc"]) and loc[: len(item["loc"])] == item["loc"] for loc in inner)
-    ]
-
-
-def _problem(item: Any, text: str) -> str:
-    """One error of pydantic in words: "rates.fp16 (line 14): Input should be greater than 0"."""
-    location = list(item["loc"])
-    said = _WORDS.get(item["type"]) or str(item["msg"]).removeprefix("Value error, ")
-    if not location:
-        return said
-    line = _line_of(text, location)
-    shown = ".".join(str(part + 1) if isinstance(part, int) else part for part in location)
-    return f"{shown}{f' (line {line})' if line else ''}: {said}"
-
-
-def _line_of(text: str, location: list[str | int]) -> int | None:
-    """1-based line of a key, or of the innermost table on the way to it; None if not even that is written."""
-    names = [part for part in location if isinstance(part, str)]
-    entry = next((part for part in location if isinstance(part, int)), 0)
-    table: list[str] = []
-    entries: dict[str, int] = {}
-    best: tuple[int, int | None] = (0, None)
-    for number, line in enumerate(text.splitlines(), start=1):
-        if header := re.match(r"\s*\[\[?\s*([\w.-]+)\s*\]", line):
-            table = path = header[1].split(".")
-            entries[table[0]] = entries.get(table[0], -1) + (line.lstrip().startswith("[[") or len(table) == 1)
-        elif key := re.match(r"\s*([\w-]+(?:\.[\w-]+)*)\s*=", line):
-            path = table + key[1].split(".")
-        else:
-            continue
-        in_entry = not table or entries[table[0]] == entry
-        if in_entry and path == names[: len(path)] and len(path) > best[0]:
-            best = (len(path), number)
-    return best[1]
+    """Read one TOML file; errors as of `target_from_name`."""
+    return value_from_file(path, EngineTarget, _KIND)
 
 
 def target_schema_text() -> str:

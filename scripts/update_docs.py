@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write what documentation takes from code and from benchmark results.
 
-    python scripts/update_docs.py           rewrite docs/cli.md, docs/demo-answers.md, docs/estimates.md, the schema of
-                                            engine targets and the marked blocks of README.md and of other documents
+    python scripts/update_docs.py           rewrite docs/cli.md, docs/demo-answers.md, docs/estimates.md, the schemas
+                                            of targets and recipes, the marked blocks of README.md and of others
     python scripts/update_docs.py --check   exit code 1 if any of them is out of date
 
 A block lies between `<!-- NAME:start -->` and `<!-- NAME:end -->`. Numbers come from benchmarks/results
@@ -22,6 +22,7 @@ import click
 from holov_export.cli import cli
 from holov_export.cli.compile_decoder import compile_decoder
 from holov_export.policies import POLICIES, FeatureSource
+from holov_export.recipes import recipe_schema_text
 from holov_export.targets import target_schema_text
 from holov_export.verify.bench_report import markdown_table, remarks_of, report_from_file, tables_of
 
@@ -76,6 +77,7 @@ def documents() -> dict[Path, str]:
         ROOT / "docs" / "inner-methods.md": replaced(inside, "demo-inside", inside_block()),
         ROOT / "docs" / "published-results.md": replaced(published, "published-answers", published_block()),
         ROOT / "engines" / "target.schema.json": target_schema_text(),
+        ROOT / "calibration" / "recipe.schema.json": recipe_schema_text(),
         ROOT / "README.md": readme,
         ROOT / "docs" / "benchmarks.md": replaced(
             replaced(benchmarks, "bench-demo", bench_tables("bench-demo-cpu.json")), "rules", rules_block()
