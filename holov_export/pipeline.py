@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel
 
 from holov_export import __version__
 from holov_export.bundle import (
@@ -37,11 +39,13 @@ from holov_export.compile.machine import check_gpu, this_machine
 from holov_export.compile.readiness import ReadinessReport, readiness_of
 from holov_export.engine import Engine
 from holov_export.errors import BundleError, CheckpointError, ParityError
+from holov_export.evaluate.kept_answers import answers_of, kept_from_answers, obstacle_of, questions_at_hand
+from holov_export.evaluate.run import AskSettings
 from holov_export.extras import is_installed, require
 from holov_export.request import ExportRequest, plan_from_request
-from holov_export.spec import ExportPlan
+from holov_export.spec import DecoderPrecision, ExportPlan
 from holov_export.targets import EngineTarget
-from holov_export.verify.answers import compare_decoder
+from holov_export.verify.answers import compare_decoder, too_large
 from holov_export.verify.parity import ParityReport
 from holov_export.verify.pictures import default_pictures
 from holov_export.verify.vision_parity import parity_report
@@ -49,7 +53,7 @@ from holov_export.verify.vision_parity import parity_report
 Tell = Callable[[str], None]
 
 #: names of the reports that an export writes
-PARITY, READINESS = "parity.json", "readiness.json"
+PARITY, READINESS, DECODER_ANSWERS = "parity.json", "readiness.json", "decoder.json"
 
 #: distributions whose versions go into a manifest
 _RECORDED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
@@ -73,24 +77,26 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
     plan, output = plan_from_request(request)
     checkpoint = checkpoint_from_reference(reference_from_name(request.model))
     with atomic_folder(output, overwrite=request.overwrite) as work:
-        for view in Bundle(work, _manifest(plan, work, hashed=False)).views:
+        for view in Bundle(work, manifest_of(plan, work, hashed=False)).views:
             tell(f"export the vision graph ({plan.precision.value}, {view.title})")
             _write_vision(view, checkpoint)
         if plan.model.image.kind == "tiles":
             _write_newline(checkpoint, work)
         tell("check the graph against TensorRT's rules")
-        for view in Bundle(work, _manifest(plan, work, hashed=False)).views:
-            _write_report(readiness_of(view.vision), report_file(READINESS, view), work)
+        for view in Bundle(work, manifest_of(plan, work, hashed=False)).views:
+            write_report(readiness_of(view.vision), report_file(READINESS, view), work)
         _copy_tokenizer(checkpoint.folder, work)
         if plan.decoder is not None:
             tell(f"build the decoder ({plan.decoder.value})")
             _write_decoder(plan, checkpoint, work)
-        bundle = Bundle(work, _manifest(plan, work, hashed=False))
+        bundle = Bundle(work, manifest_of(plan, work, hashed=False))
         report = None
         if request.verify:
             report = _verified(bundle, checkpoint.folder, work, tell)
+            if plan.decoder is DecoderPrecision.INT4:
+                _report_int4(bundle, checkpoint.folder, request.questions, tell)
         tell("hash and write the manifest")
-        manifest = _manifest(plan, work, hashed=True)
+        manifest = manifest_of(plan, work, hashed=True)
         write_manifest(work, manifest)
     return Bundle(output, manifest), report
 
@@ -110,10 +116,25 @@ def _verified(bundle: Bundle, checkpoint: Path, work: Path, tell: Tell) -> Parit
         report = verify_bundle(
             view, checkpoint, default_pictures(), with_transformers=False, with_decoder=view.is_default, tell=tell
         )
-        _write_report(report, report_file(PARITY, view), work)
+        write_report(report, report_file(PARITY, view), work)
         refuse_if_failed(report)
         reports.append(report)
     return reports[0]
+
+
+def _report_int4(bundle: Bundle, checkpoint: Path, questions: Path | None, tell: Tell) -> None:
+    """Write what an int4 decoder answers beside transformers' float32, if questions are at hand; nothing is judged."""
+    dataset, reason = questions_at_hand(bundle, questions)
+    reason = reason or obstacle_of(bundle) or too_large(checkpoint)
+    if dataset is None or reason:
+        tell(f"the int4 decoder's answers are not compared: {reason}")
+        return
+    tell(f"compare the int4 decoder's answers to {len(dataset.questions)} questions")
+    view = bundle.views[0]
+    full = AskSettings(decoder="hf", checkpoint=checkpoint, provider="cpu")
+    before = replace(answers_of(view, dataset, full), decoder="fp32 (transformers)")
+    after = answers_of(view, dataset, AskSettings(provider="cpu"))
+    write_report(kept_from_answers(dataset, before, after), DECODER_ANSWERS, bundle.folder)
 
 
 def _require_packages(request: ExportRequest) -> None:
@@ -138,15 +159,31 @@ def export_and_compile(
         HolovExportError: see `export_bundle` and `engine_from_bundle`.
     """
     options = options or CompileOptions()
+    check_compile(request, target, options)
+    bundle, report = export_bundle(request, tell=tell)
+    return bundle, report, compile_bundle(bundle, target, options, tell=tell)
+
+
+def check_compile(request: ExportRequest, target: EngineTarget, options: CompileOptions) -> None:
+    """Ask what would refuse an engine, before an export that may take long.
+
+    Raises:
+        HolovExportError: see `plan_from_target` and `engine_from_bundle`.
+    """
     machine = this_machine()
     check_gpu(target, machine.gpu)
     plan, _ = plan_from_request(request)
     for part in plan.parts:
         plan_from_target(plan.of_part(part), target, options, machine.tensorrt)
-    bundle, report = export_bundle(request, tell=tell)
+
+
+def compile_bundle(
+    bundle: Bundle, target: EngineTarget, options: CompileOptions, *, tell: Tell = silent
+) -> tuple[Engine, ...]:
+    """Build the default rule's engines, one for each tower. If a build fails, the bundle stays."""
     tell(f"the bundle is written: {bundle.folder}")
-    views = [bundle.of_part(part) for part in plan.parts]
-    return bundle, report, tuple(engine_from_bundle(view, target, options, tell=tell) for view in views)
+    views = [bundle.of_part(part) for part in bundle.manifest.plan.parts]
+    return tuple(engine_from_bundle(view, target, options, tell=tell) for view in views)
 
 
 def verify_bundle(
@@ -230,7 +267,12 @@ def _write_decoder(plan: ExportPlan, checkpoint: Checkpoint, work: Path) -> None
 
     assert plan.decoder is not None
     decoder_from_checkpoint(
-        checkpoint.folder, work / DECODER, plan.model.decoder, plan.decoder, provider=plan.decoder_provider
+        checkpoint.folder,
+        work / DECODER,
+        plan.model.decoder,
+        plan.decoder,
+        provider=plan.decoder_provider,
+        int4=plan.decoder_int4,
     )
 
 
@@ -278,12 +320,14 @@ def _read_report(bundle: Bundle, name: str, kind: type[_Report]) -> _Report:
         ) from error
 
 
-def _write_report(report: ParityReport | ReadinessReport, name: str, work: Path) -> None:
+def write_report(report: BaseModel, name: str, work: Path) -> None:
+    """Write a report into the bundle that is being made."""
     (work / REPORTS).mkdir(exist_ok=True)
     (work / REPORTS / name).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def _manifest(plan: ExportPlan, work: Path, *, hashed: bool) -> Manifest:
+def manifest_of(plan: ExportPlan, work: Path, *, hashed: bool) -> Manifest:
+    """The manifest of the bundle that is being made; its files are hashed at the end only."""
     inputs, outputs = plan.signature
     return Manifest(
         schema_version=SCHEMA,

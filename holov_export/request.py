@@ -11,16 +11,22 @@ from holov_export.catalog import checkpoint_from_reference, reference_from_name
 from holov_export.errors import UsageError
 from holov_export.policies import SelectionPolicy
 from holov_export.spec import (
-    OPSETS,
     CheckpointSource,
     DecoderPrecision,
     ExportPlan,
     GraphPlan,
+    Int4Settings,
     ModelSpec,
     Precision,
+    Quantization,
+    QuantizedType,
     check_cuts,
     cuts_from_text,
+    opset_of,
 )
+
+#: of `QuantizeRequest.keep`
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,30 @@ class GraphRequest:
 
     policy: SelectionPolicy
     select_layer: str | None = None
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """How a user wants the vision graphs quantised.
+
+    Attributes:
+        type, engine: see `spec.Quantization`.
+        recipe: a name or a TOML file (`recipes.recipe_from_name`). It also says what may be lost.
+        pictures: folder of the recipe's pictures, for recipes that have none of their own.
+        smoothing: instead of the recipe's; 0 for none.
+        keep: beside what the recipe keeps; "auto" measures which layers must be kept.
+        questions: a file of questions that answers are compared on; None for those at hand.
+        accept_loss: write the bundle even if it lost more than the recipe allows.
+    """
+
+    type: QuantizedType
+    engine: Literal["tensorrt", "cpu"] = "tensorrt"
+    recipe: str = "smoke-8"
+    pictures: Path | None = None
+    smoothing: float | None = None
+    keep: tuple[str, ...] = ()
+    questions: Path | None = None
+    accept_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +76,9 @@ class ExportRequest:
         decoder_provider: "cpu" or "cuda", what the decoder's graph is built for.
         verify: write a parity report and refuse the export if it fails.
         newlines: the rows of a picture that keep a token keep their newline embedding (LLaVA-NeXT).
+        decoder_int4: of an int4 decoder; None for the usual way.
+        questions: a file of questions that an int4 decoder's answers are compared on; None for those at hand.
+        quantize: the vision graphs; None leaves them in `precision`.
     """
 
     model: str
@@ -59,6 +92,9 @@ class ExportRequest:
     select_layer: str | None = None
     also: tuple[GraphRequest, ...] = ()
     newlines: bool = True
+    decoder_int4: Int4Settings | None = None
+    questions: Path | None = None
+    quantize: QuantizeRequest | None = None
 
 
 def plan_from_request(request: ExportRequest) -> tuple[ExportPlan, Path]:
@@ -71,7 +107,7 @@ def plan_from_request(request: ExportRequest) -> tuple[ExportPlan, Path]:
         UsageError, EnvironmentFaultError: see `catalog`, `export.checkpoint` and `bundle.check_target`.
     """
     from holov_export.export.checkpoint import config_sha256, spec_from_checkpoint
-    from holov_export.export.decoder_onnx import check_language_model, check_precision
+    from holov_export.export.decoder_onnx import check_language_model, check_precision, int4_settings
 
     if request.decoder is not None:
         check_precision(request.decoder, request.decoder_provider)
@@ -87,6 +123,8 @@ def plan_from_request(request: ExportRequest) -> tuple[ExportPlan, Path]:
         config_sha256=config_sha256(checkpoint.folder),
     )
     (graph, *also), budget = _graphs_from_request(request, spec)
+    quantization = None if request.quantize is None else quantization_from_request(request.quantize, request.precision)
+    int4 = int4_settings(checkpoint.folder, request.decoder, request.decoder_int4)
     plan = ExportPlan(
         model=spec,
         source=source,
@@ -97,12 +135,48 @@ def plan_from_request(request: ExportRequest) -> tuple[ExportPlan, Path]:
         precision=request.precision,
         decoder=request.decoder,
         decoder_provider=request.decoder_provider,
-        opset=OPSETS[request.precision],
+        quantization=quantization,
+        decoder_int4=int4,
+        opset=opset_of(request.precision, quantization),
         newlines=request.newlines,
     )
-    output = request.output or Path(f"{spec.name}-{_file_name(plan.method)}-{request.precision.value}")
-    check_target(output.absolute(), overwrite=request.overwrite)
-    return plan, output.absolute()
+    output = (request.output or Path(usual_name(plan))).absolute()
+    check_target(output, overwrite=request.overwrite)
+    return plan, output
+
+
+def usual_name(plan: ExportPlan) -> str:
+    """MODEL-METHOD-PRECISION: what a bundle's folder is called when nobody says."""
+    return f"{plan.model.name}-{_file_name(plan.method)}-{plan.precision_name}"
+
+
+def quantization_from_request(request: QuantizeRequest, precision: Precision) -> Quantization:
+    """What a plan says of a quantisation. Whether a kept layer exists is seen when there is a graph.
+
+    Raises:
+        UnknownNameError, UsageError: the recipe; or a combination that no engine runs.
+    """
+    from holov_export.recipes import recipe_from_name, recipe_sha256
+
+    recipe = recipe_from_name(request.recipe)
+    if request.engine == "cpu" and (request.type is not QuantizedType.INT8 or precision is not Precision.FP32):
+        raise UsageError(
+            f"there is no {precision.value} graph with {request.type.value} products for a CPU.",
+            hint="A CPU computes in float32 and int8: --int8 --quantize-for cpu, without --fp16 or --bf16.",
+        )
+    smoothing = recipe.smoothing if request.smoothing is None else request.smoothing
+    kept = tuple(dict.fromkeys([*recipe.keep, *(name for name in request.keep if name != AUTO)]))
+    if request.engine == "cpu" and not smoothing:  # its scales are found at run time
+        return Quantization(type=request.type, engine="cpu", keep=kept)
+    return Quantization(
+        type=request.type,
+        engine=request.engine,
+        recipe=recipe.name,
+        recipe_sha256=recipe_sha256(recipe),
+        algorithm=recipe.algorithm,
+        smoothing=smoothing or None,
+        keep=kept,
+    )
 
 
 def _graphs_from_request(request: ExportRequest, spec: ModelSpec) -> tuple[list[GraphPlan], int | None]:

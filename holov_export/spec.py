@@ -53,6 +53,7 @@ __all__ = [
     "check_cuts",
     "cuts_from_text",
     "graph_name",
+    "opset_of",
 ]
 
 
@@ -81,10 +82,12 @@ class Int4Settings(Frozen):
     """How an int4 decoder's weights were rounded. Nothing else of the decoder is int4.
 
     Attributes:
-        algorithm: "rtn" rounds to nearest; the "k_quant" ones also search the scale, "mixed" and "last" leave some
-            layers in 8 bits; "awq" and "gptq" are the checkpoint's own weights, quantised by whoever made it.
-        block_size: weights that share a scale.
-        accuracy_level: of ONNX Runtime's product, 4 rounds activations to int8 by blocks, 0 leaves it to the provider.
+        algorithm: "rtn" rounds to nearest; the "k_quant" ones also search scale and zero point, "mixed" and "last"
+            leave some layers, or the head alone, in 8 bits; "awq" and "gptq" are the checkpoint's own numbers, made by
+            whoever quantised it, and its head in 8 bits.
+        block_size: weights that share a scale; of "awq" and "gptq" the checkpoint's.
+        accuracy_level: of ONNX Runtime's product, 4 rounds activations to int8 by blocks, 1 leaves them in float32, 0
+            leaves it to the provider.
     """
 
     algorithm: Literal["rtn", "k_quant", "k_quant_mixed", "k_quant_last", "awq", "gptq"] = "rtn"
@@ -106,8 +109,8 @@ class Quantization(Frozen):
         type: "fp8" is E4M3.
         engine: what the graph is written for. "tensorrt" has Q/DQ nodes with fixed, symmetric scales, "cpu" is the form
             that ONNX Runtime's CPU provider is fast in.
-        recipe, recipe_sha256: the calibration's; empty for "cpu", whose scales are found at run time.
-        algorithm: how ranges were found; "" for "cpu".
+        recipe, recipe_sha256: the calibration's; empty for "cpu" without smoothing, whose scales are found at run time.
+        algorithm: how ranges were found; "" without a calibration.
         smoothing: the share of an outlier channel that moves from the activations to the weights; None for none.
             Source: Xiao et al., SmoothQuant, arXiv 2211.10438, alpha.
         keep: what stays in the bundle's precision: parts of weight names, see `quantize.linears.matches`.
@@ -232,6 +235,12 @@ OPSETS = {Precision.FP32: 18, Precision.FP16: 18, Precision.BF16: 22}
 
 #: Q/DQ nodes with float16 scales, and 8-bit floats, came with this one; what else is in the graph did not change then
 QUANTIZED_OPSET = 19
+
+
+def opset_of(precision: Precision, quantization: Quantization | None = None) -> int:
+    """The opset of a vision graph. An int8 graph whose other values are float32 stays at 18, for TensorRT 8."""
+    plain = quantization is None or (quantization.type is QuantizedType.INT8 and precision is Precision.FP32)
+    return OPSETS[precision] if plain else max(OPSETS[precision], QUANTIZED_OPSET)
 
 
 class ExportPlan(Frozen):

@@ -75,7 +75,27 @@ def test_a_gguf_file_lies_beside_the_manifest(exported_bundle: Bundle, llava_che
         (["--decoder", "llamacpp", "--weights", "q3"], 2, "q3"),
         (["--decoder", "trtllm", "--weights", "q4_0", "--text-tokens", "9", "--dry-run"], 2, "unknown weights 'q4_0'"),
         (["--decoder", "trtllm", "--budget", "65", "--dry-run"], 2, "65"),
-        (["--decoder", "llamacpp", "--target", "auto"], 2, "No such option"),
+        (["--decoder", "llamacpp", "--target", "l4"], 2, "--kv-cache and --target are for --decoder trtllm only"),
+        (["--decoder", "llamacpp", "--kv-cache", "int8"], 2, "--kv-cache and --target are for --decoder trtllm only"),
+        (["--decoder", "llamacpp", "--workspace", "9"], 2, "No such option"),
+        (["--decoder", "trtllm", "--target", "orin", "--text-tokens", "9", "--dry-run"], 2, "unknown target 'orin'"),
+        (
+            [
+                "--decoder",
+                "trtllm",
+                "--weights",
+                "fp8",
+                "--target",
+                "jetson-agx-orin-64gb",
+                "--text-tokens",
+                "9",
+                "--max-new-tokens",
+                "9",
+                "--dry-run",
+            ],
+            2,
+            "begin with compute capability 8.9",
+        ),
     ],
 )
 def test_refusals(

@@ -18,6 +18,7 @@ from holov_export.cli.decoder_options import (
     check_engine_options,
     decoder_options,
     decoder_settings,
+    kv_cache_option,
 )
 from holov_export.cli.options import (
     UserPath,
@@ -33,6 +34,7 @@ from holov_export.cli.options import (
 from holov_export.errors import StorageError
 from holov_export.policies import POLICIES
 from holov_export.runtime.decoder import check_sampling
+from holov_export.runtime.decoder_kv_cache import KvCache
 from holov_export.runtime.packing import SPREADS, Spread
 from holov_export.runtime.preprocess import image_from
 from holov_export.runtime.preprocess_video import check_takes_videos, clip_from
@@ -66,6 +68,7 @@ from holov_export.verify.picture import picture_of_panels
     help="How the budget of a clip is spent: the same in each frame, or wherever the rule finds something.",
 )
 @decoder_options
+@kv_cache_option
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(0), default=0, help="Sample among the k most likely tokens; 0 is all.")
@@ -93,6 +96,7 @@ def ask(
     decoder_folder: Path | None,
     decoder_url: str | None,
     tensor_parallel: int,
+    kv_cache: KvCache,
     max_new_tokens: int,
     temperature: float,
     top_k: int,
@@ -122,7 +126,7 @@ def ask(
     check_engine_options(engine, target)
     _check_request(bundle, images, budget, quotas, videos=videos, methods=(method,) if method else ())
     opened = graph_of(open_bundle(bundle, verify=verify), method)
-    settings = decoder_settings(opened, *choice)
+    settings = decoder_settings(opened, *choice, kv_cache)
     with Session.open(
         opened,
         decoder=decoder,

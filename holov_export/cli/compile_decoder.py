@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import click
 
@@ -13,8 +14,10 @@ from holov_export.decoder_files import DecoderFolder, DecoderKind, decoder_folde
 from holov_export.errors import UsageError
 from holov_export.export.decoder_gguf import gguf_from_checkpoint
 from holov_export.export.decoder_trtllm import TrtllmPlan, build_trtllm, commands_text, trtllm_plan
+from holov_export.export.trtllm_precisions import TrtllmKvCache
 from holov_export.pipeline import checkpoint_of
 from holov_export.runtime.runner import default_budget
+from holov_export.targets import target_from_name
 
 _KINDS = ("llamacpp", "trtllm")
 
@@ -25,8 +28,18 @@ _KINDS = ("llamacpp", "trtllm")
 @click.option("--checkpoint", help="Directory, name or OWNER/REPO of the weights (demo: found by itself).")
 @click.option(
     "--weights",
-    help="How they are stored. llamacpp: f32, f16, bf16, q8_0, q4_0, q4_k_m. trtllm: float16, bfloat16, int8, "
-    "int4_awq, fp8 [default: f16, float16].",
+    help="How they are stored. llamacpp: f32, f16, bf16, q8_0, q4_0, q4_k_m. trtllm: float16, bfloat16, int8, int4, "
+    "int8_sq, int4_awq, w4a8_awq, fp8 [default: f16, float16].",
+)
+@click.option(
+    "--kv-cache",
+    type=click.Choice(get_args(TrtllmKvCache)),
+    default="auto",
+    show_default=True,
+    help="trtllm: store keys and values in 8 bits. llamacpp decides when it is loaded: `ask --kv-cache`.",
+)
+@click.option(
+    "--target", help="trtllm: what it will run on, a name of `holov-export targets`; refuses what that has not."
 )
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="trtllm: requests at once.")
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="trtllm: of one request.")
@@ -49,6 +62,8 @@ def compile_decoder(
     kind: DecoderKind,
     checkpoint: str | None,
     weights: str | None,
+    kv_cache: str,
+    target: str | None,
     batch: int,
     images: int,
     budget: int | None,
@@ -63,6 +78,8 @@ def compile_decoder(
     """Make the decoder of a bundle for llama.cpp (GGUF) or TensorRT-LLM (engines, up to its version 1.2)."""
     if dry_run and kind != "trtllm":
         raise click.UsageError("--dry-run is for --decoder trtllm only: a GGUF file is written by no other program.")
+    if kind != "trtllm" and (kv_cache != "auto" or target is not None):
+        raise click.UsageError("--kv-cache and --target are for --decoder trtllm only.")
     opened = open_bundle(bundle, verify="size")
     folder = checkpoint_of(opened, checkpoint)
     if folder is None:
@@ -77,6 +94,8 @@ def compile_decoder(
         opened.manifest.plan.model,
         folder,
         weights=weights or "float16",
+        kv_cache=kv_cache,
+        target=None if target is None else target_from_name(target),
         batch=batch,
         images=images,
         budget=budget or default_budget(opened.manifest.plan),

@@ -13,6 +13,7 @@ from holov_export.bundle import Bundle
 from holov_export.cli.options import UserPath
 from holov_export.pipeline import checkpoint_of
 from holov_export.runtime.decoder_choice import DECODERS, OF_CHECKPOINT, DecoderOptions
+from holov_export.runtime.decoder_kv_cache import KV_CACHES, TAKES, KvCache, kv_cache_name
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 #: decoders that lie beside the manifest
@@ -48,6 +49,15 @@ _OPTIONS = (
         show_default=True,
         help=f"For --decoder {', '.join(_PARALLEL)}: over how many GPUs the model is spread.",
     ),
+)
+
+
+kv_cache_option = click.option(
+    "--kv-cache",
+    type=click.Choice(KV_CACHES),
+    default="auto",
+    show_default=True,
+    help=f"For --decoder {', '.join(TAKES)}: store keys and values in 8 bits.",
 )
 
 
@@ -88,13 +98,21 @@ def check_engine_options(engine: str, target: str | None) -> None:
 
 
 def decoder_settings(
-    opened: Bundle, decoder: str, checkpoint: str | None, folder: Path | None, url: str | None, tensor_parallel: int
+    opened: Bundle,
+    decoder: str,
+    checkpoint: str | None,
+    folder: Path | None,
+    url: str | None,
+    tensor_parallel: int,
+    kv_cache: KvCache = "auto",
 ) -> DecoderOptions:
     """What `Session.open` takes as `decoder_options`; the key of a server comes from HOLOV_EXPORT_DECODER_API_KEY.
 
     Raises:
         CheckpointError: the checkpoint is not the one that was exported.
+        UsageError: the decoder cannot store keys and values so.
     """
+    kv_cache_name(decoder, kv_cache)
     weights = checkpoint_of(opened, checkpoint) if decoder in OF_CHECKPOINT else None
     return DecoderOptions(
         checkpoint=weights,
@@ -102,4 +120,5 @@ def decoder_settings(
         url=url,
         api_key=os.environ.get("HOLOV_EXPORT_DECODER_API_KEY") or None,
         tensor_parallel=tensor_parallel,
+        kv_cache=kv_cache,
     )

@@ -17,6 +17,7 @@ from holov_export.cli.decoder_options import (
     check_engine_options,
     decoder_options,
     decoder_settings,
+    kv_cache_option,
 )
 from holov_export.cli.options import (
     UserPath,
@@ -30,6 +31,7 @@ from holov_export.cli.options import (
 )
 from holov_export.errors import StorageError
 from holov_export.extras import require
+from holov_export.runtime.decoder_kv_cache import KvCache
 from holov_export.runtime.session import Session
 
 _KEY_VARIABLE = "HOLOV_EXPORT_API_KEY"
@@ -81,6 +83,7 @@ def size(ctx: click.Context, param: click.Parameter, value: str) -> int:
 @click.option("--allow-origin", "origins", multiple=True, metavar="ORIGIN", help="A web page that may ask; repeat.")
 @method_option
 @decoder_options
+@kv_cache_option
 @engine_option
 @engine_target_option
 @provider_option
@@ -134,6 +137,7 @@ def serve_command(
     decoder_folder: Path | None,
     decoder_url: str | None,
     tensor_parallel: int,
+    kv_cache: KvCache,
     engine: str,
     target: str | None,
     provider: str,
@@ -184,7 +188,7 @@ def serve_command(
         drain_seconds=drain_timeout,
     )
     opened = graph_of(open_bundle(bundle, verify=verify), method)
-    options = decoder_settings(opened, *choice)
+    options = decoder_settings(opened, *choice, kv_cache)
     session = Session.open(
         opened,
         decoder=decoder,

@@ -32,6 +32,7 @@ from holov_export.decoder_files import (
     write_record,
 )
 from holov_export.errors import CheckFailedError, CheckpointError, UnknownNameError, UnsupportedModelError
+from holov_export.export.decoder_int4 import refuse_quantized
 from holov_export.export.decoder_language import model_config
 from holov_export.export.decoder_weights import StoredTensor, language_tensors
 from holov_export.export.gguf_tensors import (
@@ -145,7 +146,9 @@ def checked_config(checkpoint: Path, spec: DecoderSpec) -> Any:
         CheckpointError: config.json does not load, or is of another model than the bundle.
         UnsupportedModelError: says what differs.
     """
-    config = model_config(checkpoint).get_text_config()
+    whole = model_config(checkpoint)
+    refuse_quantized(whole, checkpoint.name, "the writer of GGUF files")
+    config = whole.get_text_config()
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UnsupportedModelError(f"the language model is a '{config.model_type}'; known: {known}.", hint=_OTHERWISE)

@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "qwen2_5_vl_text": "Qwen2_5_VLForConditionalGeneration",
 }
 _INSIDE = "qwen2_5_vl_text"
+_UNCONVERTED = "modules_to_not_convert"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -115,13 +116,16 @@ def check_placeholder(spec: DecoderSpec, vocab_size: int) -> None:
         )
 
 
-def write_checkpoint(folder: Path, target: Path, tensors: Mapping[str, StoredTensor]) -> None:
+def write_checkpoint(
+    folder: Path, target: Path, tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any] | None = None
+) -> None:
     """Write the language model of the checkpoint in `folder` as a directory that the builder can read.
 
     Args:
         folder: a checkpoint directory.
         target: does not exist yet.
         tensors: of the language model, see `decoder_weights.language_tensors`.
+        quantization: `quantization_config` of a checkpoint in 4 bits; None for one in float.
 
     Raises:
         CheckpointError, UnsupportedModelError: see `check_language_model`.
@@ -137,6 +141,8 @@ def write_checkpoint(folder: Path, target: Path, tensors: Mapping[str, StoredTen
         config = whole
         config.vision_config = _no_tower(whole.vision_config)
     config.architectures = [ARCHITECTURES[text.model_type]]
+    if quantization:  # that of the outer configuration, which names parts that are not written
+        config.quantization_config = {key: quantization[key] for key in quantization if key != _UNCONVERTED}
     target.mkdir()
     config.save_pretrained(target)
     for name in _TOKENIZER_FILES:

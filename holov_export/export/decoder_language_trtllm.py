@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from holov_export.errors import UnsupportedModelError
+from holov_export.export.decoder_int4 import refuse_quantized
 from holov_export.export.decoder_language import model_config
 from holov_export.export.decoder_weights import HEAD, language_tensors, write_language_model
 
@@ -41,9 +42,10 @@ def write_language_checkpoint(checkpoint: Path, target: Path) -> None:
 
     Raises:
         CheckpointError: the checkpoint holds no language model or is damaged.
-        UnsupportedModelError: another architecture, or one that attends to a window.
+        UnsupportedModelError: another architecture, one that attends to a window, or quantised weights.
     """
     whole = model_config(checkpoint)
+    refuse_quantized(whole, checkpoint.name, "TensorRT-LLM's converter, as it is called here,")
     text = whole.get_text_config()
     if text.model_type not in _CLASSES:
         raise UnsupportedModelError(

@@ -12,6 +12,7 @@ graph computes the logits of the last token only.
 Precisions, as seen with onnxruntime-genai 0.18 and onnxruntime 1.31 on a CPU: fp32 and int4 run. The builder's own fp16
 graph for the CPU fails in a Cast while running, but its fp16 graph for CUDA runs on the CPU as well, so that one is
 written for both. A bf16 graph has no CPU kernels. `PRECISIONS_OF_PROVIDER` says so; another pair is refused.
+How int4 is rounded, `decoder_int4` says.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,13 @@ import numpy as np
 import numpy.typing as npt
 
 from holov_export.errors import CheckFailedError, CheckpointError, UsageError
-from holov_export.export.decoder_language import check_language_model, check_placeholder, write_checkpoint
+from holov_export.export.decoder_int4 import builder_options, check_stored_int4, int4_settings, quantization_of
+from holov_export.export.decoder_language import (
+    check_language_model,
+    check_placeholder,
+    model_config,
+    write_checkpoint,
+)
 from holov_export.export.decoder_weights import (
     EMBEDDING,
     StoredTensor,
@@ -38,9 +46,9 @@ from holov_export.export.decoder_weights import (
     language_tensors,
 )
 from holov_export.extras import require
-from holov_export.spec import DecoderPrecision, DecoderSpec
+from holov_export.spec import DecoderPrecision, DecoderSpec, Int4Settings
 
-__all__ = ["check_language_model", "check_precision", "decoder_from_checkpoint"]
+__all__ = ["check_language_model", "check_precision", "decoder_from_checkpoint", "int4_settings"]
 
 EMBEDDING_GRAPH = "embedding.onnx"
 VISION_GRAPH = "vision.onnx"
@@ -54,7 +62,13 @@ PRECISIONS_OF_PROVIDER = {
 
 
 def decoder_from_checkpoint(
-    folder: Path, out: Path, spec: DecoderSpec, precision: DecoderPrecision, provider: str = "cpu"
+    folder: Path,
+    out: Path,
+    spec: DecoderSpec,
+    precision: DecoderPrecision,
+    provider: str = "cpu",
+    *,
+    int4: Int4Settings | None = None,
 ) -> None:
     """Fill `out` with the decoder of the checkpoint in `folder`.
 
@@ -64,23 +78,33 @@ def decoder_from_checkpoint(
         spec: of the language model.
         precision: of the decoder's weights.
         provider: "cpu" or "cuda", what the graph is optimised for; a runtime may choose another.
+        int4: how an int4 decoder is rounded; None for the usual way, or as a checkpoint in 4 bits is.
 
     Raises:
-        UsageError: a precision that cannot run on the provider.
+        UsageError: a precision that cannot run on the provider, or that a checkpoint in 4 bits cannot have.
         CheckpointError: the checkpoint lacks the language model or is damaged.
         UnsupportedModelError: another architecture, or one that the builder would get wrong.
+        EnvironmentFaultError: this onnxruntime-genai is too old for the rounding.
         CheckFailedError: the builder failed; the message ends with the last lines of its output.
         OSError: the disk is full.
     """
     check_precision(precision, provider)
+    settings = int4_settings(folder, precision, int4)
+    rounding = () if settings is None else builder_options(settings, _genai_version())
     tensors = language_tensors(folder)
     _check_sizes(tensors, spec)
+    if settings is not None:
+        check_stored_int4(tensors, settings)
+    out = out.resolve()  # the builder runs in another folder
     out.mkdir(parents=True, exist_ok=True)
     # beside the bundle and not in /tmp: a 7 B model needs 13 GB here, and /tmp is often memory
     with tempfile.TemporaryDirectory(prefix=".language-model-", dir=out.parent) as work:
         source = Path(work) / "checkpoint"
-        write_checkpoint(folder, source, tensors)
-        _run_builder(source, out, Path(work) / "cache", precision, provider, last_only=bool(spec.mrope_sections))
+        write_checkpoint(folder, source, tensors, quantization_of(model_config(folder)))
+        options = ("exclude_embeds=true", *rounding)
+        if spec.mrope_sections:  # the logits of the last token alone: those of 2000 tokens would take 1.2 GB
+            options += ("prune_lm_head=true",)
+        _run_builder(source, out, precision, provider, options)
     dtype = _embeds_dtype(out)
     _write_vision_graph(out / VISION_GRAPH, spec.width, dtype)
     _write_embedding_graph(out / EMBEDDING_GRAPH, tensors[EMBEDDING], spec.image_token_id, dtype)
@@ -101,8 +125,8 @@ def check_precision(precision: DecoderPrecision, provider: str) -> None:
     possible = PRECISIONS_OF_PROVIDER[provider]
     if precision not in possible:
         raise UsageError(
-            f"the embedded decoder cannot be {precision.value} on {provider}.",
-            hint=f"Choose one of {', '.join(item.value for item in possible)}.",
+            f"the embedded decoder cannot be {precision.value} on {provider}: ONNX Runtime has no kernels for it.",
+            hint=f"Choose one of {', '.join(item.value for item in possible)}, or --decoder-provider cuda.",
         )
 
 
@@ -114,21 +138,20 @@ def _check_sizes(tensors: dict[str, StoredTensor], spec: DecoderSpec) -> None:
     check_head_width(tensors, vocab_size)
 
 
-def _run_builder(
-    source: Path, out: Path, cache: Path, precision: DecoderPrecision, provider: str, *, last_only: bool
-) -> None:
-    """Run ONNX Runtime GenAI's model builder in a process of its own: it prints, and it holds the whole model.
+def _genai_version() -> str:
+    """Of onnxruntime-genai or onnxruntime-genai-cuda, whichever is installed."""
+    return str(require("onnxruntime_genai").__version__)
 
-    With `last_only` the graph has the logits of the last token alone: those of 2000 tokens and Qwen's 152064 words
-    would take 1.2 GB.
+
+def _run_builder(source: Path, out: Path, precision: DecoderPrecision, provider: str, options: Sequence[str]) -> None:
+    """Run ONNX Runtime GenAI's model builder in a process of its own: it prints, and it holds the whole model.
 
     Source of the options: onnxruntime_genai 0.18 models/builder.py.
     """
     require("onnxruntime_genai")
     line = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(out)]
     flavour = "cuda" if precision is DecoderPrecision.FP16 else provider  # see the module's docstring
-    line += ["-p", precision.value, "-e", flavour, "-c", str(cache), "--extra_options", "exclude_embeds=true"]
-    line += ["prune_lm_head=true"] if last_only else []
+    line += ["-p", precision.value, "-e", flavour, "-c", str(source.parent / "cache"), "--extra_options", *options]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     run = subprocess.run(
         line, cwd=source.parent, env=offline, capture_output=True, text=True, errors="replace", check=False

@@ -33,10 +33,10 @@ from holov_export.export.trtllm_commands import (
     EXAMPLES_VARIABLE,
     LANGUAGE,
     TrtllmPlan,
-    TrtllmWeights,
     commands_text,
     trtllm_plan,
 )
+from holov_export.export.trtllm_precisions import TrtllmWeights
 
 __all__ = ["TrtllmPlan", "TrtllmWeights", "build_trtllm", "commands_text", "trtllm_plan"]
 

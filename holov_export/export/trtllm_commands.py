@@ -14,14 +14,21 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from holov_export.decoder_files import DecoderSizes
-from holov_export.errors import BudgetError, UnknownNameError, UnsupportedModelError, UsageError
+from holov_export.errors import BudgetError, UsageError
+from holov_export.export.trtllm_precisions import (
+    PrecisionOptions,
+    TrtllmKvCache,
+    TrtllmWeights,
+    precision_notes,
+    precision_options,
+)
 from holov_export.policies import Frozen
 from holov_export.spec import ModelSpec, TiledImageSpec
+from holov_export.targets import EngineTarget
 
-TrtllmWeights = Literal["float16", "bfloat16", "int8", "int4_awq", "fp8"]
 #: names a folder of TensorRT-LLM's examples
 EXAMPLES_VARIABLE = "TRTLLM_EXAMPLES"
 #: where containers have them: NVIDIA's, and dusty-nv's for Jetson
@@ -29,8 +36,6 @@ _USUAL_EXAMPLES = ("/app/tensorrt_llm/examples", "/workspace/TensorRT-LLM/exampl
 #: (script's folder in versions from 1.0 on, in older ones)
 _LAYOUTS = {"llama": ("models/core/llama", "llama"), "qwen": ("models/core/qwen", "qwen")}
 _CONVERTER, _QUANTIZER = "convert_checkpoint.py", "quantization/quantize.py"
-#: those that read texts to set their scales, with another script
-_CALIBRATED: tuple[TrtllmWeights, ...] = ("int4_awq", "fp8")
 #: tokens of one step unless a single prompt needs more. Source: tensorrt_llm/builder.py (BuildConfig.max_num_tokens)
 _STEP_TOKENS = 8192
 #: folders that the commands read and write
@@ -44,6 +49,7 @@ class TrtllmPlan(Frozen):
         model: name of the bundle's model. width, vocab_size: of its language model.
         checkpoint: directory of the whole model.
         converter: "llama" or "qwen", which of the examples' scripts converts it.
+        weights, kv_cache: see `trtllm_precisions`. target: what it will run on, where that was said.
         examples: their folder; None where it was not found, then the commands name a variable.
         commands: in their order, each a list of words; paths in them are relative to the folder they run in.
         notes: what a user should know.
@@ -55,8 +61,10 @@ class TrtllmPlan(Frozen):
     checkpoint: Path
     converter: Literal["llama", "qwen"]
     weights: TrtllmWeights
+    kv_cache: TrtllmKvCache = "auto"
     tensor_parallel: int
     sizes: DecoderSizes
+    target: str | None = None
     examples: Path | None
     commands: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
@@ -67,6 +75,7 @@ def trtllm_plan(
     checkpoint: Path,
     *,
     weights: str = "float16",
+    kv_cache: str = "auto",
     batch: int = 1,
     images: int = 1,
     budget: int,
@@ -74,39 +83,36 @@ def trtllm_plan(
     new_tokens: int = 512,
     tensor_parallel: int = 1,
     examples: Path | None = None,
+    target: EngineTarget | None = None,
 ) -> TrtllmPlan:
     """The commands that make an engine.
 
     Args:
         model: of the bundle. checkpoint: its directory.
         weights: one of `TrtllmWeights`; how they are stored, activations are float16 unless "bfloat16".
+        kv_cache: one of `TrtllmKvCache`, how keys and values are.
         batch: requests that run at once. images: of one request. budget: largest visual tokens of one image or clip.
         text_tokens: words of a prompt. new_tokens: of an answer.
         tensor_parallel: over how many GPUs the engine is spread.
         examples: folder of TensorRT-LLM's examples; None for $TRTLLM_EXAMPLES or where containers have it.
+        target: what the engine will run on; None where that is not known.
 
     Raises:
-        UnknownNameError: no such weights.
+        UnknownNameError: no such weights, or keys and values.
         BudgetError: outside of what the model has.
-        UsageError: a size below 1, or more than the language model's context.
+        UsageError: a size below 1, or more than the language model's context, or types that do not go together or that
+            the target has not.
         UnsupportedModelError: weights that this language model cannot have.
     """
     sizes = sizes_from_budget(
         model, batch=batch, images=images, budget=budget, text_tokens=text_tokens, new_tokens=new_tokens
     )
-    if weights not in get_args(TrtllmWeights):
-        raise UnknownNameError(f"unknown weights '{weights}'.", hint=f"Known: {', '.join(get_args(TrtllmWeights))}.")
     if tensor_parallel < 1 or model.decoder.heads % tensor_parallel:
         raise UsageError(f"{model.decoder.heads} attention heads cannot be spread over {tensor_parallel} GPUs.")
     qwen = bool(model.decoder.mrope_sections)
-    if qwen and weights in _CALIBRATED:
-        raise UnsupportedModelError(
-            f"'{weights}' is not planned for Qwen2.5-VL: TensorRT-LLM's quantize.py loads the whole model for it.",
-            hint="Choose float16, bfloat16 or int8.",
-        )
+    types = precision_options(weights, kv_cache, qwen=qwen, target=target)
     found = find_examples(examples)
     converter: Literal["llama", "qwen"] = "qwen" if qwen else "llama"
-    first = _conversion(converter, weights, tensor_parallel, found)
     return TrtllmPlan(
         model=model.name,
         width=model.decoder.width,
@@ -114,11 +120,13 @@ def trtllm_plan(
         checkpoint=checkpoint,
         converter=converter,
         weights=weights,  # type: ignore[arg-type]
+        kv_cache=kv_cache,  # type: ignore[arg-type]
         tensor_parallel=tensor_parallel,
         sizes=sizes,
+        target=None if target is None else target.name,
         examples=found,
-        commands=(first, _build(weights, sizes)),
-        notes=_notes(weights, qwen=qwen, found=found is not None),
+        commands=(_conversion(converter, types, tensor_parallel, found), _build(weights, sizes)),
+        notes=_notes(precision_notes(weights, kv_cache, types, target), qwen=qwen, found=found is not None),
     )
 
 
@@ -190,21 +198,16 @@ def _script(examples: Path, converter: str) -> Path | None:
     return None
 
 
-def _conversion(converter: str, weights: str, tensor_parallel: int, examples: Path | None) -> tuple[str, ...]:
+def _conversion(
+    converter: str, types: PrecisionOptions, tensor_parallel: int, examples: Path | None
+) -> tuple[str, ...]:
     """Weights of transformers to weights of TensorRT-LLM."""
     base = examples or Path(f"${EXAMPLES_VARIABLE}")
-    paths = ("--model_dir", LANGUAGE, "--output_dir", CONVERTED)
-    spread = ("--tp_size", str(tensor_parallel))
-    if weights in _CALIBRATED:
-        recipe = {
-            "int4_awq": ("--qformat", "int4_awq", "--awq_block_size", "128"),
-            "fp8": ("--qformat", "fp8", "--kv_cache_dtype", "fp8"),
-        }[weights]
-        return ("python", str(base / _QUANTIZER), *paths, "--dtype", "float16", *recipe, *spread)
     script = (examples and _script(examples, converter)) or base / _LAYOUTS[converter][0] / _CONVERTER
-    dtype = "bfloat16" if weights == "bfloat16" else "float16"
-    stored = ("--use_weight_only", "--weight_only_precision", "int8") if weights == "int8" else ()
-    return ("python", str(script), *paths, "--dtype", dtype, *stored, *spread)
+    if types.quantizer:
+        script = base / _QUANTIZER
+    paths = ("--model_dir", LANGUAGE, "--output_dir", CONVERTED)
+    return ("python", str(script), *paths, *types.options, "--tp_size", str(tensor_parallel))
 
 
 def _build(weights: str, sizes: DecoderSizes) -> tuple[str, ...]:
@@ -221,17 +224,12 @@ def _build(weights: str, sizes: DecoderSizes) -> tuple[str, ...]:
     )
 
 
-def _notes(weights: str, *, qwen: bool, found: bool) -> tuple[str, ...]:
+def _notes(of_types: list[str], *, qwen: bool, found: bool) -> tuple[str, ...]:
     notes = [
         f"{LANGUAGE}/ is the language model alone; holov-export writes it before the first command",
         "TensorRT-LLM 0.12 to 1.2: later versions build no engines (use --decoder trtllm-api)",
+        *of_types,
     ]
-    if weights in _CALIBRATED:
-        notes.append(
-            "quantize.py reads texts from the hub to set its scales; add --calib_dataset DIR where there is none"
-        )
-    if weights == "fp8":
-        notes.append("fp8 needs a GPU of compute capability 8.9 or newer; not Orin")
     if qwen:
         notes.append("the converter knows the language model as Qwen2-VL's, which is the same; 0.12 does not know it")
     if not found:

@@ -12,6 +12,7 @@ from holov_export.decoder_files import DecoderKind, decoder_folder, read_decoder
 from holov_export.errors import BundleError, UnknownNameError, UsageError
 from holov_export.extras import is_installed
 from holov_export.runtime.decoder import Decoder, check_genai
+from holov_export.runtime.decoder_kv_cache import KvCache, kv_cache_name
 from holov_export.spec import DecoderSpec
 
 #: decoders by name; "auto" is what suits the bundle, "none" cannot answer, but a session without one still sees
@@ -37,6 +38,7 @@ class DecoderOptions:
         batch: "genai": prompts that begin together are decoded together, up to so many.
         tensor_parallel: "vllm", "trtllm-api": over how many GPUs the model is spread.
         verify: "llamacpp", "trtllm": "full" checks every file's sha256, "size" only sizes.
+        kv_cache: "llamacpp", "vllm", "trtllm-api": what keys and values are stored in; "auto" is the back end's choice.
     """
 
     provider: str = "auto"
@@ -48,6 +50,7 @@ class DecoderOptions:
     tensor_parallel: int = 1
     batch: int = 1
     verify: Literal["full", "size"] = "full"
+    kv_cache: KvCache = "auto"
 
 
 def decoder_maker(decoder: str | Decoder, bundle: Bundle, options: DecoderOptions) -> Callable[[], Decoder]:
@@ -60,13 +63,14 @@ def decoder_maker(decoder: str | Decoder, bundle: Bundle, options: DecoderOption
     Raises:
         UnknownNameError: no such decoder.
         UsageError: an option that the decoder needs is missing, or "genai" for a language model that it would run
-            wrongly.
+            wrongly, or a type of keys and values that it has not.
         BundleError, IntegrityError: the bundle has no such decoder, or it was changed.
     """
     if not isinstance(decoder, str):
         return lambda: decoder
     if decoder not in DECODERS:
         raise UnknownNameError(f"unknown decoder '{decoder}'.", hint=f"Known: {', '.join(DECODERS)}.")
+    kv_cache_name(decoder, options.kv_cache)
     spec = bundle.manifest.plan.model.decoder
     if decoder in OF_CHECKPOINT:
         return _of_checkpoint(decoder, spec, options)
@@ -133,10 +137,16 @@ def _of_checkpoint(decoder: str, spec: DecoderSpec, options: DecoderOptions) -> 
         if decoder == "vllm":
             from holov_export.runtime.decoder_vllm import VllmDecoder
 
-            return VllmDecoder(folder, spec, provider=options.provider, tensor_parallel=options.tensor_parallel)
+            return VllmDecoder(
+                folder,
+                spec,
+                provider=options.provider,
+                tensor_parallel=options.tensor_parallel,
+                kv_cache=options.kv_cache,
+            )
         from holov_export.runtime.decoder_trtllm_api import TrtllmApiDecoder
 
-        return TrtllmApiDecoder(folder, spec, tensor_parallel=options.tensor_parallel)
+        return TrtllmApiDecoder(folder, spec, tensor_parallel=options.tensor_parallel, kv_cache=options.kv_cache)
 
     return made
 
@@ -162,7 +172,9 @@ def _llamacpp(bundle: Bundle, spec: DecoderSpec, options: DecoderOptions) -> Cal
         from holov_export.runtime.decoder_llamacpp import LlamaCppDecoder
 
         file = read_decoder(folder, "llamacpp").main
-        return LlamaCppDecoder(file, spec, provider=options.provider, threads=options.threads)
+        return LlamaCppDecoder(
+            file, spec, provider=options.provider, threads=options.threads, kv_cache=options.kv_cache
+        )
 
     return made
 

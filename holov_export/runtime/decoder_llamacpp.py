@@ -21,7 +21,8 @@ import numpy as np
 
 from holov_export.errors import BundleError, EnvironmentFaultError, PromptError, UnknownNameError, UsageError
 from holov_export.runtime.decoder import check_prompt, check_sampling, end_tokens, token_from_logits
-from holov_export.runtime.llamacpp_engine import BATCH, EngineOptions, LlamaEngine, llama_cpp
+from holov_export.runtime.decoder_kv_cache import KvCache, kv_cache_name
+from holov_export.runtime.llamacpp_engine import BATCH, EIGHT_BITS_BLOCK, EngineOptions, LlamaEngine, llama_cpp
 from holov_export.spec import DecoderSpec
 from holov_export.tensors import Int64Array, SamplingSettings, StitchedPrompt
 
@@ -71,6 +72,7 @@ class LlamaCppDecoder:
         threads: int | None = None,
         exact: bool | None = None,
         lanes: int = LANES,
+        kv_cache: KvCache = "auto",
     ) -> None:
         """Load the file.
 
@@ -82,10 +84,11 @@ class LlamaCppDecoder:
             exact: attention in float32, see `EngineOptions`; None for True on a CPU. Keys and values take twice the
                 memory then.
             lanes: answers that may be open at once.
+            kv_cache: "int8" stores keys and values as Q8_0: half of float16's memory, and not exact.
 
         Raises:
             UnknownNameError: another provider.
-            UsageError: lanes outside 1..64.
+            UsageError: lanes outside 1..64, or keys and values in another type than llama.cpp has, or beside `exact`.
             MissingExtraError: llama-cpp-python is not installed.
             BundleError: there is no such file, or it is of another model.
             EnvironmentFaultError: CUDA was asked for and is not there, or the file does not load.
@@ -94,9 +97,10 @@ class LlamaCppDecoder:
             raise UsageError(f"{lanes} lanes: there can be 1 to 64.")
         if not file.is_file():
             raise BundleError(f"'{file}' does not exist.", hint=_AGAIN)
+        eight_bits = _in_eight_bits(kv_cache, spec, exact)
         gpu = _on_gpu(provider)
-        exact = not gpu if exact is None else exact
-        options = EngineOptions(gpu, threads or _usable_cores(), exact, lanes)
+        exact = not (gpu or eight_bits) if exact is None else exact
+        options = EngineOptions(gpu, threads or _usable_cores(), exact, lanes, eight_bits)
         self._engine: LlamaEngine | None = LlamaEngine(file, options)
         self._spec = spec
         self._answers: dict[int, _Answer] = {}
@@ -261,6 +265,24 @@ def check_order(positions: Int64Array) -> None:
             hint="Rules that put rows in another order, and clips that last longer than their frames are wide, need "
             "--decoder ort.",
         )
+
+
+def _in_eight_bits(kv_cache: KvCache, spec: DecoderSpec, exact: bool | None) -> bool:
+    """Whether keys and values are stored as Q8_0.
+
+    Raises:
+        UsageError: llama.cpp would refuse it, or it contradicts `exact`.
+    """
+    if kv_cache_name("llamacpp", kv_cache) is None:
+        return False
+    if exact:
+        raise UsageError("keys and values in int8 are not exact.", hint="Leave one of the two out.")
+    if spec.head_width % EIGHT_BITS_BLOCK:
+        raise UsageError(
+            f"attention heads are {spec.head_width} wide; in int8 llama.cpp stores multiples of {EIGHT_BITS_BLOCK}.",
+            hint="Leave --kv-cache out.",
+        )
+    return True
 
 
 def _on_gpu(provider: str) -> bool:

@@ -25,6 +25,7 @@ from holov_export.errors import EnvironmentFaultError, PromptError, UnsupportedM
 from holov_export.extras import require
 from holov_export.runtime.decoder import check_prompt, check_sampling, end_tokens
 from holov_export.runtime.decoder_hf import family_of_checkpoint
+from holov_export.runtime.decoder_kv_cache import KvCache, kv_cache_name
 from holov_export.spec import DecoderSpec
 from holov_export.tensors import FloatArray, SamplingSettings, StitchedPrompt
 
@@ -56,18 +57,21 @@ class TrtllmApiDecoder:
         lanes: requests that run at once. More may be open; they wait.
     """
 
-    def __init__(self, checkpoint: Path, spec: DecoderSpec, *, tensor_parallel: int = 1) -> None:
+    def __init__(
+        self, checkpoint: Path, spec: DecoderSpec, *, tensor_parallel: int = 1, kv_cache: KvCache = "auto"
+    ) -> None:
         """Load the model.
 
         Args:
             checkpoint: a directory.
             spec: of the language model.
             tensor_parallel: over how many GPUs it is spread.
+            kv_cache: "fp8" stores keys and values so; "auto" as the checkpoint says.
 
         Raises:
             CheckpointError: no checkpoint of a family that is known.
             UnsupportedModelError: a family that this API would run wrongly or has not.
-            UsageError: tensor_parallel is below 1, or LLaVA-1.5 over several GPUs.
+            UsageError: tensor_parallel is below 1, LLaVA-1.5 over several GPUs, or another type of keys and values.
             MissingExtraError: TensorRT-LLM is not installed.
             EnvironmentFaultError: it is too old, or the model does not load here.
         """
@@ -76,6 +80,7 @@ class TrtllmApiDecoder:
             reason, hint = _REASONS[family]
             raise UnsupportedModelError(f"the decoder 'trtllm-api' cannot answer here: {reason}", hint=hint)
         _check_gpus(family, tensor_parallel)
+        stored = kv_cache_name("trtllm-api", kv_cache)
         if tensor_parallel == 1:
             # the worker in this process: one of its own would not know the model that is registered here
             os.environ.setdefault(_SINGLE_PROCESS, "1")
@@ -100,7 +105,7 @@ class TrtllmApiDecoder:
                 model=str(checkpoint),
                 tensor_parallel_size=tensor_parallel,
                 # rows given as such carry no hash, so equal made-up ids would pass for equal images
-                kv_cache_config=self._api.KvCacheConfig(enable_block_reuse=False),
+                kv_cache_config=self._api.KvCacheConfig(enable_block_reuse=False, dtype=stored or "auto"),
                 enable_chunked_prefill=False,
                 **sizes,
             )

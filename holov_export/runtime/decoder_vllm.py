@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from holov_export.errors import (
     CheckpointError,
@@ -23,9 +23,11 @@ from holov_export.errors import (
     HolovExportError,
     UnknownNameError,
     UnsupportedModelError,
+    UsageError,
 )
 from holov_export.extras import require
 from holov_export.runtime.decoder import check_prompt, check_sampling
+from holov_export.runtime.decoder_kv_cache import KvCache, kv_cache_name
 from holov_export.runtime.vllm_inputs import check_room, check_vllm, vllm_sampling, whole_prompt_rows
 from holov_export.runtime.vllm_language import LANGUAGE_ONLY, register_language_only
 from holov_export.spec import DecoderSpec
@@ -63,6 +65,7 @@ class VllmDecoder:
         provider: str = "auto",
         tensor_parallel: int = 1,
         cache_bytes: int | None = None,
+        kv_cache: KvCache = "auto",
     ) -> None:
         """Load the language model.
 
@@ -73,15 +76,17 @@ class VllmDecoder:
             tensor_parallel: over how many devices the model is spread.
             cache_bytes: memory for keys and values; None for vLLM's choice on a GPU (nearly all that is free) and four
                 full contexts on a CPU, where VLLM_CPU_KVCACHE_SPACE (in GiB) goes before.
+            kv_cache: "fp8" or, on a GPU, "int8" stores keys and values so; "auto" in the type of the weights.
 
         Raises:
             UnknownNameError: another provider.
-            UsageError: the language model is one that vLLM would run wrongly.
+            UsageError: the language model is one that vLLM would run wrongly, or int8 keys and values on a CPU.
             CheckpointError, UnsupportedModelError: no checkpoint, or of a model that vLLM does not have.
             MissingExtraError: vLLM is not installed.
             EnvironmentFaultError: this vLLM is for another device or too old, or the model does not load here.
         """
         check_vllm(spec)
+        stored = kv_cache_name("vllm", kv_cache)
         if provider not in PROVIDERS:
             raise UnknownNameError(f"unknown provider '{provider}'.", hint=f"Known: {', '.join(PROVIDERS)}.")
         config = _config(checkpoint)
@@ -93,10 +98,12 @@ class VllmDecoder:
         device = self._device(provider)
         self._check_version()
         self._check_model(checkpoint, config)
+        self._check_stored(stored, device)
         if device == "cpu" and cache_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-            cache_bytes = _CPU_CONTEXTS * spec.context * _bytes_of_token(spec, _is_float32(config))
+            size = 1 if stored else 4 if _is_float32(config) else 2
+            cache_bytes = _CPU_CONTEXTS * spec.context * _values_of_token(spec) * size
         try:
-            self._engine: Any = self._loaded(checkpoint, config, device, tensor_parallel, cache_bytes)
+            self._engine: Any = self._loaded(checkpoint, config, device, tensor_parallel, cache_bytes, stored or "auto")
         except Exception as error:  # vLLM's exceptions have no common base
             raise EnvironmentFaultError(
                 f"vLLM {self._vllm.__version__} cannot load '{checkpoint.name}' on {device}: {error}"
@@ -143,8 +150,31 @@ class VllmDecoder:
                 hint="Choose --decoder auto, or llamacpp.",
             )
 
+    def _check_stored(self, stored: str | None, device: str) -> None:
+        """Refuse a type of keys and values that this vLLM does not have.
+
+        vLLM stores int8 in its Triton attention only, which is for GPUs.
+        """
+        if stored is None:
+            return
+        if device == "cpu" and stored.startswith("int8"):
+            raise UsageError("vLLM stores keys and values in int8 on a GPU only.", hint="Choose --kv-cache fp8.")
+        known = get_args(require("vllm.config.cache").CacheDType)
+        if stored not in known:
+            raise EnvironmentFaultError(
+                f"this vLLM ({self._vllm.__version__}) stores no keys and values in '{stored}', only in "
+                f"{', '.join(known)}.",
+                hint="Run: pip install --upgrade vllm. Or choose --kv-cache fp8.",
+            )
+
     def _loaded(
-        self, checkpoint: Path, config: dict[str, Any], device: str, tensor_parallel: int, cache_bytes: int | None
+        self,
+        checkpoint: Path,
+        config: dict[str, Any],
+        device: str,
+        tensor_parallel: int,
+        cache_bytes: int | None,
+        stored: str,
     ) -> Any:
         """The engine in this process: in one of its own a script without a main guard would start itself again."""
         arguments = self._vllm.EngineArgs(
@@ -155,6 +185,7 @@ class VllmDecoder:
             tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="uni" if tensor_parallel == 1 else "mp",
             kv_cache_memory_bytes=cache_bytes,
+            kv_cache_dtype=stored,
             language_model_only=True,
             enable_prompt_embeds=True,
             skip_tokenizer_init=True,
@@ -296,6 +327,6 @@ def _is_float32(config: dict[str, Any]) -> bool:
     return False
 
 
-def _bytes_of_token(spec: DecoderSpec, float32: bool) -> int:
-    """Keys and values of one token."""
-    return 2 * spec.layers * spec.kv_heads * spec.head_width * (4 if float32 else 2)
+def _values_of_token(spec: DecoderSpec) -> int:
+    """Numbers in the keys and values of one token."""
+    return 2 * spec.layers * spec.kv_heads * spec.head_width

@@ -27,7 +27,9 @@ from holov_export.tensors import FloatArray
 BATCH = 512
 #: llama.cpp makes contexts of whole multiples of so many cells
 CELLS = 256
-_FULL_PRECISION, _HALF = 0, 1  # ggml_type
+_FULL_PRECISION, _HALF, _EIGHT_BITS = 0, 1, 8  # ggml_type: F32, F16, Q8_0
+#: numbers that share a scale in Q8_0; llama.cpp refuses heads that are no multiple of it
+EIGHT_BITS_BLOCK = 32
 _WARNING, _CONTINUED = 2, 5  # ggml_log_level
 #: what llama.cpp said last, for messages of errors, and the callback that hears it: ctypes does not keep one alive
 _heard: deque[str] = deque(maxlen=12)
@@ -46,12 +48,15 @@ class EngineOptions:
         exact: attention in float32 and keys and values stored so, without flash attention, which rounds them to
             float16. Else flash attention where llama.cpp has it, and float16.
         lanes: sequences at once.
+        eight_bits: keys and values stored as Q8_0, with flash attention, without which llama.cpp has no such values;
+            not together with `exact`.
     """
 
     gpu: bool
     threads: int
     exact: bool
     lanes: int
+    eight_bits: bool = False
 
 
 class LlamaEngine:
@@ -133,6 +138,9 @@ class LlamaEngine:
         if options.exact:
             settings.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         settings.type_k = settings.type_v = _FULL_PRECISION if options.exact else _HALF
+        if options.eight_bits:
+            settings.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            settings.type_k = settings.type_v = _EIGHT_BITS
         return settings
 
     def _state(self, lane: int) -> bytearray:

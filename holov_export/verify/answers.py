@@ -71,12 +71,11 @@ def compare_decoder(
     reason = _obstacle(bundle)
     if reason:
         return None, reason
-    tensors = language_tensors(checkpoint)
-    stored = sum(tensor.end - tensor.begin for tensor in tensors.values())
-    if stored > limit_bytes:
-        return None, f"the language model takes {stored / 1e9:.3g} GB, the limit is {limit_bytes / 1e9:.3g} GB"
+    reason = too_large(checkpoint, limit_bytes)
+    if reason:
+        return None, reason
     if prompts is None:
-        prompts = default_prompts(bundle, tensors[EMBEDDING], new_tokens)
+        prompts = default_prompts(bundle, language_tensors(checkpoint)[EMBEDDING], new_tokens)
     spec = bundle.manifest.plan.model.decoder
     # neither is told the end tokens: an answer that is empty on both sides would agree about nothing
     endless = spec.model_copy(update={"eos_token_ids": ()})
@@ -92,6 +91,18 @@ def compare_decoder(
     precision = bundle.manifest.plan.decoder
     assert precision is not None
     return _judged(precision, pairs, new_tokens), ""
+
+
+def too_large(checkpoint: Path, limit_bytes: int = LIMIT_BYTES) -> str:
+    """Why a checkpoint's language model is not held twice; "" if it may be.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    stored = sum(tensor.end - tensor.begin for tensor in language_tensors(checkpoint).values())
+    if stored <= limit_bytes:
+        return ""
+    return f"the language model takes {stored / 1e9:.3g} GB, the limit is {limit_bytes / 1e9:.3g} GB"
 
 
 def _embedded(folder: Path, spec: DecoderSpec) -> Decoder:

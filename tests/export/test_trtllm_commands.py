@@ -15,6 +15,7 @@ import pytest
 import trtllm_standin
 from checkpoints import TinyLlava, write_checkpoint
 from decoder_families import checkpoint_of, spec_of
+from quantised_checkpoints import quantised_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaForCausalLM
 from trtllm_standin.commands import OPTIONS, parsed
@@ -35,9 +36,11 @@ from holov_export.export.decoder_trtllm import TrtllmPlan, build_trtllm, command
 from holov_export.export.trtllm_commands import EXAMPLES_VARIABLE, find_examples, sizes_from_budget
 from holov_export.runtime.decoder_trtllm import TrtllmDecoder
 from holov_export.spec import ModelSpec
+from holov_export.targets import target_from_name
 from holov_export.tensors import SamplingSettings
 
-WEIGHTS = ("float16", "bfloat16", "int8", "int4_awq", "fp8")
+CONVERTED = ("float16", "bfloat16", "int8", "int4")
+QUANTIZED = ("int8_sq", "int4_awq", "w4a8_awq", "fp8")
 SIZES: dict[str, int] = {"batch": 3, "images": 2, "budget": 40, "text_tokens": 50, "new_tokens": 60}
 
 #: what convert_checkpoint.py and trtllm-build leave behind, and nothing else: config.json has the sizes that were asked
@@ -140,6 +143,7 @@ def test_newlines_of_tiles_have_rows_of_their_own() -> None:
         ({"new_tokens": 0}, UsageError, "new_tokens is 0"),
         ({"text_tokens": 400}, UsageError, "are 540 tokens, more than the context of 512"),
         ({"weights": "int3"}, UnknownNameError, "unknown weights 'int3'"),
+        ({"kv_cache": "int4"}, UnknownNameError, "unknown keys and values 'int4'"),
         ({"tensor_parallel": 4}, UsageError, "6 attention heads cannot be spread over 4"),
     ],
 )
@@ -153,7 +157,7 @@ def test_a_plan_that_cannot_be_is_refused(
 # ------------------------------------------------------------------------------------------------------ commands
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", CONVERTED + QUANTIZED)
 def test_commands_have_options_of_the_real_programs(
     weights: str, llava_spec: ModelSpec, llava_checkpoint: Path, tools: Callable[..., Path]
 ) -> None:
@@ -162,8 +166,11 @@ def test_commands_have_options_of_the_real_programs(
     assert convert["--tp_size"] == "2" and convert["--model_dir"] == "language"
     assert convert["--output_dir"] == build["--checkpoint_dir"]
     assert convert["--dtype"] == ("bfloat16" if weights == "bfloat16" else "float16")
-    assert convert.get("--qformat") == (weights if weights in ("int4_awq", "fp8") else None)
-    assert convert.get("--weight_only_precision") == ("int8" if weights == "int8" else None)
+    assert convert.get("--qformat") == (weights if weights in QUANTIZED else None)
+    assert convert.get("--weight_only_precision") == (weights if weights in ("int8", "int4") else None)
+    assert ("--use_weight_only" in convert) == (weights in ("int8", "int4"))
+    assert convert.get("--awq_block_size") == ("128" if "awq" in weights else None)
+    assert build["--gemm_plugin"] == {"bfloat16": "bfloat16", "fp8": "fp8"}.get(weights, "float16")
     numbers = {name: int(value) for name, value in build.items() if name.startswith("--max")}
     assert numbers == {
         "--max_batch_size": 3,
@@ -174,6 +181,83 @@ def test_commands_have_options_of_the_real_programs(
     }
 
 
+@pytest.mark.parametrize(
+    ("weights", "kv_cache", "wanted"),
+    [
+        ("float16", "auto", {}),
+        ("float16", "int8", {"--int8_kv_cache": ""}),
+        ("bfloat16", "fp8", {"--qformat": "full_prec", "--kv_cache_dtype": "fp8"}),
+        ("int8", "int8", {"--int8_kv_cache": "", "--weight_only_precision": "int8"}),
+        ("int4", "int8", {"--int8_kv_cache": "", "--weight_only_precision": "int4"}),
+        ("int8_sq", "int8", {"--qformat": "int8_sq", "--kv_cache_dtype": "int8"}),
+        ("int4_awq", "auto", {"--qformat": "int4_awq"}),
+        ("int4_awq", "int8", {"--qformat": "int4_awq", "--kv_cache_dtype": "int8"}),
+        ("w4a8_awq", "fp8", {"--qformat": "w4a8_awq", "--kv_cache_dtype": "fp8"}),
+        ("fp8", "auto", {"--qformat": "fp8", "--kv_cache_dtype": "fp8"}),
+        ("fp8", "fp8", {"--qformat": "fp8", "--kv_cache_dtype": "fp8"}),
+    ],
+)
+def test_keys_and_values_are_stored_as_asked(
+    weights: str,
+    kv_cache: str,
+    wanted: dict[str, str],
+    llava_spec: ModelSpec,
+    llava_checkpoint: Path,
+    tools: Callable[..., Path],
+) -> None:
+    plan = plan_of(llava_spec, llava_checkpoint, weights=weights, kv_cache=kv_cache, examples=tools())
+    found = options(plan.commands[0])
+    about_kv = {"--int8_kv_cache", "--kv_cache_dtype", "--qformat"} & set(found)
+    assert about_kv == {"--int8_kv_cache", "--kv_cache_dtype", "--qformat"} & set(wanted)
+    assert wanted.items() <= found.items()
+    assert plan.kv_cache == kv_cache
+    reads = any("reads texts" in note for note in plan.notes)
+    assert reads == bool({"--qformat", "--int8_kv_cache"} & set(found))
+
+
+@pytest.mark.parametrize(
+    ("weights", "kv_cache"),
+    [("fp8", "int8"), ("int8", "fp8"), ("int4", "fp8"), ("int8_sq", "fp8"), ("w4a8_awq", "int8")],
+)
+def test_pairs_that_nobody_documents(
+    weights: str, kv_cache: str, llava_spec: ModelSpec, llava_checkpoint: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"documents no {kv_cache} keys and values beside '{weights}'") as caught:
+        plan_of(llava_spec, llava_checkpoint, weights=weights, kv_cache=kv_cache)
+    assert "auto" in caught.value.hint
+
+
+@pytest.mark.parametrize("weights", CONVERTED + QUANTIZED)
+@pytest.mark.parametrize("name", ["jetson-agx-orin-64gb", "l4", "a100-80gb"])
+def test_a_gpu_without_8_bit_floats_is_refused_them(
+    name: str, weights: str, llava_spec: ModelSpec, llava_checkpoint: Path
+) -> None:
+    target = target_from_name(name)
+    if weights in ("fp8", "w4a8_awq") and target.sm < 89:
+        with pytest.raises(UsageError, match=r"begin with compute capability 8\.9; .* has 8\.[07]") as caught:
+            plan_of(llava_spec, llava_checkpoint, weights=weights, target=target)
+        assert "int4_awq" in caught.value.hint and "fp8" not in caught.value.hint
+        return
+    plan = plan_of(llava_spec, llava_checkpoint, weights=weights, target=target)
+    assert plan.target == name and not any("8.9" in note for note in plan.notes)
+
+
+def test_fp8_keys_on_orin_come_with_a_word_of_care(llava_spec: ModelSpec, llava_checkpoint: Path) -> None:
+    orin, ada = target_from_name("jetson-agx-orin-64gb"), target_from_name("l4")
+    said = [
+        [note for note in plan_of(llava_spec, llava_checkpoint, kv_cache="fp8", target=one).notes if "careful" in note]
+        for one in (orin, ada)
+    ]
+    assert len(said[0]) == 1 and not said[1]
+
+
+def test_a_quantised_checkpoint_is_refused(llava_checkpoint: Path, tmp_path: Path) -> None:
+    quantised, _ = quantised_checkpoint(llava_checkpoint, tmp_path, "awq")
+    with pytest.raises(UnsupportedModelError, match=r"are quantised \(awq\); TensorRT-LLM's converter"):
+        write_language_checkpoint(quantised, tmp_path / "language")
+    assert not (tmp_path / "language").exists()
+
+
 def test_qwen_has_a_converter_of_its_own_and_no_calibration(tools: Callable[..., Path]) -> None:
     model, checkpoint = spec_of("qwen2_5_vl"), checkpoint_of("qwen2_5_vl")
     small = {"budget": 20, "examples": tools()}
@@ -181,6 +265,9 @@ def test_qwen_has_a_converter_of_its_own_and_no_calibration(tools: Callable[...,
     assert plan.converter == "qwen" and options(plan.commands[0])["--dtype"] == "float16"
     with pytest.raises(UnsupportedModelError, match=r"not planned for Qwen2\.5-VL"):
         plan_of(model, checkpoint, weights="fp8", **small)
+    with pytest.raises(UnsupportedModelError, match="'int8 with int8 keys and values' is not planned"):
+        plan_of(model, checkpoint, weights="int8", kv_cache="int8", **small)
+    assert options(plan_of(model, checkpoint, weights="int4", **small).commands[0])["--weight_only_precision"] == "int4"
 
 
 @pytest.mark.parametrize("layout", ["models/core", "."])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import TinyLlava, write_checkpoint
 
 from holov_export.errors import (
     BundleError,
@@ -18,6 +19,7 @@ from holov_export.errors import (
     UnknownNameError,
     UsageError,
 )
+from holov_export.export.checkpoint import spec_from_checkpoint
 from holov_export.export.decoder_gguf import gguf_from_checkpoint
 from holov_export.runtime import decoder_llamacpp, llamacpp_engine
 from holov_export.runtime.decoder_hf import HfDecoder
@@ -31,11 +33,11 @@ WIDTH, WORDS = 96, 416
 TWELVE = SamplingSettings(max_new_tokens=12)
 
 
-def prompt_of(*parts: int, seed: int = 0) -> StitchedPrompt:
+def prompt_of(*parts: int, seed: int = 0, width: int = WIDTH) -> StitchedPrompt:
     """A prompt of so many words, rows, words, rows, ..."""
     ids = [token for index, part in enumerate(parts) for token in ([IMAGE] if index % 2 else [20 + index]) * part]
     count = sum(parts[1::2])
-    rows = (np.random.default_rng(seed).standard_normal((count, WIDTH)) * 0.3).astype(np.float32)
+    rows = (np.random.default_rng(seed).standard_normal((count, width)) * 0.3).astype(np.float32)
     return StitchedPrompt(np.array(ids, np.int64), rows, tuple(parts[1::2]), IMAGE, "")
 
 
@@ -330,3 +332,74 @@ def test_files_that_llama_cpp_does_not_load(
             LlamaCppDecoder(tmp_path / name, spec, provider="cpu", threads=1)
     with pytest.raises(BundleError, match="of another model"):
         LlamaCppDecoder(real[2], spec.model_copy(update={"width": 128}), provider="cpu", threads=1)
+
+
+# ------------------------------------------------------------------------------------------- keys and values in int8
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DecoderSpec]:
+    """A GGUF file of a model whose heads are 32 wide, one block of Q8_0."""
+    pytest.importorskip("llama_cpp", reason="scripts/check_llamacpp brings it")
+    folder = tmp_path_factory.mktemp("wide")
+    checkpoint = write_checkpoint(folder / "checkpoint", TinyLlava(width=192, mlp=320))
+    model = spec_from_checkpoint(checkpoint, "wide")
+    return gguf_from_checkpoint(checkpoint, model, folder / "llamacpp", "f32").main, model.decoder
+
+
+def heard(decoder: LlamaCppDecoder, prompt: StitchedPrompt) -> tuple[FloatArray, int]:
+    """(logits of an answer's first token, bytes of the keys and values of its prompt)."""
+    stream = decoder.stream(prompt, TWELVE)
+    next(stream)
+    engine = decoder._opened()
+    assert isinstance(engine, llamacpp_engine.LlamaEngine)
+    *_, (_, start, stop) = pieces_of(prompt)
+    found = engine.logits(stop - start - 1)
+    size = len(engine._state(0))
+    stream.close()
+    return found, size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [0, 1, 64, 400])
+def test_keys_and_values_in_int8_are_near_and_small(rows: int, wide: tuple[Path, DecoderSpec]) -> None:
+    file, spec = wide
+    prompt = prompt_of(2, rows, 3, width=192)
+    made = [
+        heard(LlamaCppDecoder(file, spec, provider="cpu", threads=1, exact=exact, kv_cache=kv_cache), prompt)
+        for exact, kv_cache in ((True, "auto"), (False, "auto"), (None, "int8"))  # type: ignore[arg-type]
+    ]
+    (exact, _), (half, sixteen_bits), (eight, eight_bits) = made
+    assert eight_bits < 0.6 * sixteen_bits
+    near, nearer = (float(np.abs(other - exact).max() / exact.std()) for other in (eight, half))
+    assert nearer < near < 0.15
+
+
+@pytest.mark.slow
+def test_answers_in_int8_that_are_open_at_once_keep_their_own_tokens(wide: tuple[Path, DecoderSpec]) -> None:
+    file, spec = wide
+    prompts = [prompt_of(2, 30, 3, width=192), prompt_of(4), prompt_of(1, 200, 2, seed=3, width=192)]
+    alone = []
+    for prompt in prompts:
+        decoder = LlamaCppDecoder(file, spec, provider="cpu", threads=1, kv_cache="int8")
+        alone.append(list(decoder.stream(prompt, TWELVE)))
+        decoder.close()
+    decoder = LlamaCppDecoder(file, spec, provider="cpu", threads=1, kv_cache="int8")  # its context has to grow
+    streams = [decoder.stream(prompt, TWELVE) for prompt in prompts]
+    first = [next(stream) for stream in streams]
+    together = [[token, *stream] for token, stream in zip(first, streams, strict=True)]
+    decoder.close()
+    same = [sum(a == b for a, b in zip(*pair, strict=False)) for pair in zip(alone, together, strict=True)]
+    assert [tokens[0] for tokens in alone] == first
+    assert min(same) >= 8  # a step of three may round otherwise than one of one
+
+
+@pytest.mark.slow
+def test_llama_cpp_itself_refuses_heads_of_other_widths(
+    real: tuple[LlamaCppDecoder, HfDecoder, Path], llava_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder_llamacpp, "EIGHT_BITS_BLOCK", 1)
+    decoder = LlamaCppDecoder(real[2], llava_spec.decoder, provider="cpu", threads=1, kv_cache="int8")
+    with pytest.raises(EnvironmentFaultError, match="does not divide n_embd_head_k=16"):
+        next(decoder.stream(prompt_of(3), TWELVE))
+    decoder.close()

@@ -3,6 +3,11 @@
 Source: examples/{llama,qwen}/convert_checkpoint.py, examples/quantization/quantize.py, tensorrt_llm/commands/build.py
 and tensorrt_llm/plugin/plugin.py, 0.16.0.dev2024121000. build.py and plugin.py of 0.12.0.dev2024080600, build.py of
 @65f1d15 and examples/models/core/llama/convert_checkpoint.py@368f8f2 have the same ones of these.
+
+--int8_kv_cache: examples/llama/convert_checkpoint.py@04a2cac and examples/models/core/llama/convert_checkpoint.py
+@368f8f2; the Qwen converter was not read for it. --qformat, --awq_block_size and --kv_cache_dtype of quantize.py have
+the same values in WhiteD2125/TensorRT-LLM@6ad7cf1 (0.10.0.dev2024043000), chiendb97/TensorRT-LLM@04b7e6b (0.14 and
+before) and NVIDIA/TensorRT-LLM@059c97c (1.x, which has "nvfp4" as well).
 """
 
 from __future__ import annotations
@@ -23,6 +28,8 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "--dtype": _DTYPES,
         "--use_weight_only": FLAG,
         "--weight_only_precision": ("int8", "int4", "int8_gptq", "int4_gptq", "int4_awq"),
+        "--int8_kv_cache": FLAG,
+        "--calib_dataset": (),
         "--load_model_on_cpu": FLAG,
         "--workers": (),
     },

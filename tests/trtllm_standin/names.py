@@ -20,7 +20,8 @@ SOURCES = {
     # __version__ 0.16.0.dev2024121000, as laipaang/TensorRT-LLM@b171e87 keeps it
     "0.16": "cpp/tensorrt_llm/pybind/executor/{bindings,executor}.cpp",
     # the last versions with engines: request.cpp@007a750, request.cpp and executorConfig.cpp@008b2b8, executor.cpp
-    # @1dd50d0; llmapi/llm.py@4c05a74, sampling_params.py@000a01d, _torch/models/modeling_llava_next.py@b35ac1b
+    # @1dd50d0; llmapi/llm.py@4c05a74, sampling_params.py@000a01d, _torch/models/modeling_llava_next.py@b35ac1b;
+    # KvCacheConfig.dtype: docs/source/features/quantization.md@09d4c79
     "1.2": "cpp/tensorrt_llm/{pybind,nanobind}/executor, tensorrt_llm/llmapi, tensorrt_llm/inputs",
     # after the engines: inputs/registry.py@002f3cc and the parts of llmapi/llm.py of that time that pass rows on. What
     # LLM and SamplingParams take there was not read and is taken over from 1.2, without max_input_len
