@@ -13,7 +13,8 @@
     │   └── EngineError             an engine is for another GPU, TensorRT, graph or shape
     ├── CheckFailedError (exit code 1): something ran and the result is not good enough
     │   ├── IntegrityError          a file differs from the hash in the manifest
-    │   └── ParityError             two back ends disagree by more than the tolerance
+    │   ├── ParityError             two back ends disagree by more than the tolerance
+    │   └── LossError               a quantised graph lost more than its recipe allows
     └── EnvironmentFaultError (exit code 3): this machine lacks something
         ├── MissingExtraError       a Python package; the message names the pip line
         ├── HardwareError           no usable GPU or driver
@@ -40,6 +41,7 @@ __all__ = [
     "ImageError",
     "IntegrityError",
     "LateError",
+    "LossError",
     "MissingExtraError",
     "NetworkError",
     "ParityError",
@@ -120,6 +122,10 @@ class IntegrityError(CheckFailedError):
 
 class ParityError(CheckFailedError):
     """Two back ends disagree by more than the tolerance."""
+
+
+class LossError(CheckFailedError):
+    """A quantised graph lost more than its recipe allows."""
 
 
 class EnvironmentFaultError(HolovExportError):

@@ -13,6 +13,7 @@ from holov_export.errors import MissingExtraError
 EXTRA_OF_MODULE = {
     "torch": "export",
     "transformers": "export",
+    "ml_dtypes": "export",
     "onnx": "compile",
     "onnx_ir": "export",
     "onnxscript": "export",

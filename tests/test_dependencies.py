@@ -34,6 +34,10 @@ LIGHT_MODULES = (
     "holov_export.extras",
     "holov_export.gpu",
     "holov_export.pipeline",
+    "holov_export.pipeline_quantized",
+    "holov_export.recipe_fields",
+    "holov_export.recipe_pictures",
+    "holov_export.recipes",
     "holov_export.selection.geometry",
     "holov_export.selection.reference",
     "holov_export.signature",
@@ -109,8 +113,13 @@ def extras_of_project() -> dict[str, list[str]]:
 
 def test_every_module_names_an_extra_that_installs_it() -> None:
     extras = extras_of_project()
-    distributions = {"huggingface_hub": "huggingface_hub", "cuda": "cuda-bindings", "pynvml": "nvidia-ml-py"}
-    distributions["llama_cpp"] = "llama-cpp-python"
+    distributions = {
+        "huggingface_hub": "huggingface_hub",
+        "ml_dtypes": "ml_dtypes",
+        "cuda": "cuda-bindings",
+        "pynvml": "nvidia-ml-py",
+    }
+    distributions |= {"llama_cpp": "llama-cpp-python", "skimage": "scikit-image", "sklearn": "scikit-learn"}
     for module, extra in EXTRA_OF_MODULE.items():
         wanted = distributions.get(module, module.replace("_", "-"))
         names = {re.split(r"[^\w-]", requirement, maxsplit=1)[0] for requirement in extras[extra]}

@@ -71,11 +71,14 @@ def cli() -> None:
 def _register() -> None:
     from holov_export.cli.ask import ask, show
     from holov_export.cli.bench import bench_command
+    from holov_export.cli.calibrate import calibrate
     from holov_export.cli.check import check, lower
+    from holov_export.cli.compare import compare
     from holov_export.cli.compile import compile_engine
     from holov_export.cli.evaluate import evaluate
     from holov_export.cli.export import export
     from holov_export.cli.look import doctor, inspect, methods, models, verify
+    from holov_export.cli.quantize import quantize
     from holov_export.cli.recommend import recommend
     from holov_export.cli.serve import serve_command
     from holov_export.cli.targets import estimate_command, targets
@@ -83,6 +86,7 @@ def _register() -> None:
 
     for command in (
         *(export, ask, show, inspect, verify),
+        *(calibrate, quantize, compare),
         *(evaluate, recommend),
         *(check, lower, compile_engine, bench_command),
         *(serve_command, triton_command),

@@ -12,7 +12,7 @@ from holov_export.bundle import ENGINES, Bundle, open_bundle
 from holov_export.catalog import CATALOG, CatalogEntry
 from holov_export.cli.compile import engine_json, print_engine
 from holov_export.cli.console import OUT, print_json, progress, size_text, table
-from holov_export.cli.export import graph_text, print_report
+from holov_export.cli.export_text import graph_text, print_report, quantization_text
 from holov_export.cli.options import UserPath, bundle_argument, graph_of, json_option, method_option
 from holov_export.doctor import examine
 from holov_export.engine import Engine, check_graph, check_plan, engines_in
@@ -80,7 +80,9 @@ def _print_bundle(bundle: Bundle) -> None:
     head.add_row("model", f"{plan.model.name} ({plan.source.kind}: {plan.source.name})")
     for number, entry in enumerate(plan.graphs):
         head.add_row("selection" if number == 0 else f"--method {entry.name}", graph_text(entry))
-    head.add_row("precision", f"{plan.precision.value}, opset {plan.opset}")
+    head.add_row("precision", f"{plan.precision_name}, opset {plan.opset}")
+    if plan.quantization is not None:
+        head.add_row("quantised", quantization_text(plan.quantization))
     head.add_row("decoder", plan.decoder.value if plan.decoder else "none")
     head.add_row("written by", f"{manifest.provenance.tool}, {manifest.provenance.created}")
     OUT.print(head)

@@ -189,7 +189,8 @@ def _shape_of(
         plan = read_manifest(folder).plan
         decoder = plan.decoder.value if plan.decoder else None
         shape = shape_from_spec(plan.model, plan.policy, plan.cuts, size=size, part=part)
-        return shape, plan.precision.value, decoder
+        seen = plan.precision if plan.quantization is None else plan.quantization.type
+        return shape, seen.value, decoder
     if model in shape_names():
         if size is not None or part == "video":
             raise UsageError(f"'{model}' takes pictures only, and all have as many tokens.")

@@ -112,7 +112,7 @@ def evaluation_from_journal(
         bundle=BundleInfo(
             name=bundle.folder.name,
             model=model.model.name,
-            precision=model.precision.value,
+            precision=model.precision_name,
             decoder=model.decoder.value if model.decoder and decoder != "hf" else decoder,
             tokens=plan.tokens,
             methods=bundle.methods,

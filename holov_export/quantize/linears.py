@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from holov_export.compile.lowering import all_nodes
+from holov_export.compile.lowering import all_nodes, subgraphs_of
 from holov_export.errors import UsageError
-from holov_export.signature import SALIENCY
+from holov_export.signature import PIXEL_VALUES, SALIENCY
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
     from onnx import ModelProto, NodeProto
 
@@ -22,12 +22,13 @@ _NORMS = ("LayerNormalization", "RMSNormalization")
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight matrix and the MatMul nodes that multiply by it.
+    """A weight matrix and the MatMul or Gemm nodes that multiply by it.
 
     Attributes:
-        weight: name of the initializer, "vision_tower.layers.3.mlp.fc1.weight"; [rows, columns], the product is x @ W.
+        weight: name of the initializer, "vision_tower.layers.3.mlp.fc1.weight"; stored [rows, columns], the product
+            is x @ W; [columns, rows] for a Gemm with transB.
         rows, columns: widths of the input and of the output.
-        nodes: names of the MatMul nodes. activations: the tensor that each of them multiplies, same order.
+        nodes: names of the nodes. activations: the tensor that each of them multiplies, same order.
         deciding: the saliency comes from it without another weight in between (the query and key projections of a
             layer that decides): never quantised.
     """
@@ -46,9 +47,10 @@ class Linear:
 
 
 def linears_of(model: ModelProto) -> tuple[Linear, ...]:
-    """Every MatMul with a matrix among the initializers as its second factor, in the order of the graph.
+    """Every MatMul or Gemm with a matrix among the initializers as its second factor, in the order of the graph.
 
-    Products in the bodies of loops have no weights and are left out.
+    Products in the bodies of loops have no weights and are left out, as is the embedding of patches (Qwen2.5-VL has a
+    Gemm for it), which reads the pixels.
 
     Args:
         model: best loaded without its weights.
@@ -56,20 +58,33 @@ def linears_of(model: ModelProto) -> tuple[Linear, ...]:
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) == 2}
     products: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
-        if node.op_type == "MatMul" and node.input[1] in shapes:
+        if _is_product(node, shapes) and node.input[0] != PIXEL_VALUES:
             products.setdefault(node.input[1], []).append(node)
     deciding = _deciding(model, set(shapes))
     return tuple(
         Linear(
             weight=weight,
-            rows=shapes[weight][0],
-            columns=shapes[weight][1],
+            rows=shapes[weight][1 if _transposed(nodes[0]) else 0],
+            columns=shapes[weight][0 if _transposed(nodes[0]) else 1],
             nodes=tuple(node.name for node in nodes),
             activations=tuple(node.input[0] for node in nodes),
             deciding=weight in deciding,
         )
         for weight, nodes in products.items()
     )
+
+
+def _is_product(node: NodeProto, weights: Container[str]) -> bool:
+    """A MatMul, or a Gemm that does no more than one and a bias."""
+    if len(node.input) < 2 or node.input[1] not in weights:
+        return False
+    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+    scaled = any(plain.get(item.name, item.f or item.i) != (item.f or item.i) for item in node.attribute)
+    return node.op_type == "MatMul" or (node.op_type == "Gemm" and not scaled)
+
+
+def _transposed(node: NodeProto) -> bool:
+    return any(item.name == "transB" and item.i for item in node.attribute)
 
 
 def _deciding(model: ModelProto, weights: set[str]) -> set[str]:
@@ -87,10 +102,11 @@ def _deciding(model: ModelProto, weights: set[str]) -> set[str]:
         if node is None or name in seen or node.op_type in _NORMS:
             continue
         seen.add(name)
-        if node.op_type == "MatMul" and node.input[1] in weights:
+        if _is_product(node, weights):
             found.add(node.input[1])
         elif not _is_residual(node, producers, weights):
-            todo += [item for item in node.input if item]
+            bodies = (inner for body in subgraphs_of(node) for inner in all_nodes(body))
+            todo += [item for inner in (node, *bodies) for item in inner.input if item]
     return found
 
 
@@ -102,7 +118,7 @@ def _is_residual(node: NodeProto, producers: dict[str, NodeProto], weights: set[
         made = producers[item]
         if made.op_type == "Add":  # of the bias
             made = next((producers[term] for term in made.input if term in producers), made)
-        if made.op_type == "MatMul" and made.input[1] in weights:
+        if _is_product(made, weights):
             return True
     return False
 

@@ -8,16 +8,21 @@ The folder lies beside the manifest, as engines do (ADR 0007): the bundle stays 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from holov_export.policies import Frozen
+from holov_export.quantize.linears import Linear
 from holov_export.recipes import Algorithm
 
 #: of ranges.json
 SCHEMA = 1
+#: a channel is an outlier whose largest value is more than so many times that of the activation's median channel.
+#: Source: Dettmers et al., LLM.int8(), arXiv 2208.07339, whose outliers are values above 6; here relative to the others
+OUTLIER = 6.0
 
 
 class TensorRange(Frozen):
@@ -66,3 +71,59 @@ class Ranges:
 
     record: RangesRecord
     channels: dict[str, ChannelRange]
+
+
+class NamedRange(Frozen):
+    """An activation's range, and the product that reads it: `linear` is the weight's name, which people know."""
+
+    activation: str
+    linear: str
+    low: float
+    high: float
+
+    @property
+    def largest(self) -> float:
+        """The largest absolute value, which a symmetric scale comes from."""
+        return max(abs(self.low), abs(self.high))
+
+
+class RangesSummary(Frozen):
+    """What a calibration has found, in a few numbers.
+
+    Attributes:
+        activations: how many. widest, narrowest: by the largest absolute value.
+        outlier_channels: see `OUTLIER`; of all activations together. outlier_activations: that have any.
+        channels: of all activations together.
+    """
+
+    activations: int
+    widest: NamedRange
+    narrowest: NamedRange
+    channels: int
+    outlier_channels: int
+    outlier_activations: int
+
+
+def summary_of(ranges: Ranges, linears: Sequence[Linear]) -> RangesSummary:
+    """The summary of ranges of a graph with these products."""
+    readers = {name: linear.name for linear in reversed(linears) for name in linear.activations}
+    found = [
+        NamedRange(activation=name, linear=readers.get(name, ""), low=item.low, high=item.high)
+        for name, item in ranges.record.tensors.items()
+    ]
+    outliers = [outlier_channels(ranges.channels[item.activation]) for item in found]
+    return RangesSummary(
+        activations=len(found),
+        widest=max(found, key=lambda item: item.largest),
+        narrowest=min(found, key=lambda item: item.largest),
+        channels=sum(len(channels) for channels in outliers),
+        outlier_channels=sum(int(channels.sum()) for channels in outliers),
+        outlier_activations=sum(bool(channels.any()) for channels in outliers),
+    )
+
+
+def outlier_channels(channels: ChannelRange) -> npt.NDArray[np.bool_]:
+    """bool [width]: the channels that stick out, see `OUTLIER`."""
+    largest = np.maximum(np.abs(channels.low), np.abs(channels.high))
+    found: npt.NDArray[np.bool_] = largest > OUTLIER * np.median(largest)
+    return found

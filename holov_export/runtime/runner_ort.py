@@ -5,25 +5,61 @@ The CUDA and TensorRT providers have not run on a real GPU yet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from holov_export.bundle import Bundle
 from holov_export.errors import BundleError, EnvironmentFaultError, ImageError
 from holov_export.extras import require
 from holov_export.runtime.ort_providers import CUDA, TENSORRT, TENSORRT_BATCHES, session_from_bundle
-from holov_export.runtime.packing import Spread, packed_inputs, pictures_from_rows
+from holov_export.runtime.packing import NamedArray, PackedInputs, Spread, packed_inputs, pictures_from_rows
 from holov_export.runtime.runner import checked_budget, joined, quota_array
 from holov_export.signature import BUDGET, COUNTS, OUTPUTS, PIXEL_VALUES, POSITIONS, QUOTA, SALIENCY
 from holov_export.signature import VISUAL_TOKENS as TOKENS
+from holov_export.spec import ExportPlan
 from holov_export.tensors import Int64Array, PixelBatch, VisualTokens
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class GraphFeed:
+    """Every input of a vision graph, for one run.
+
+    Attributes:
+        packed: what the rows of the batch are, for packed graphs.
+    """
+
+    arrays: tuple[NamedArray, ...]
+    packed: PackedInputs | None = None
+
+
+def feed_from_pixels(
+    pixels: PixelBatch,
+    plan: ExportPlan,
+    dtype: np.dtype[Any],
+    budget: int,
+    quotas: Int64Array,
+    spread: Spread = "frames",
+) -> GraphFeed:
+    """What the graph of `plan` is fed for some pictures.
+
+    Args:
+        dtype: of the graph's pixels.
+        budget: of graphs that are not packed; those take the largest quota of their rows.
+        quotas: int64 [B]
+    """
+    values = NamedArray(PIXEL_VALUES, np.ascontiguousarray(pixels.pixel_values, dtype=dtype))
+    if not plan.packed:
+        return GraphFeed((values, NamedArray(BUDGET, np.array([budget], dtype=np.int64)), NamedArray(QUOTA, quotas)))
+    packed = packed_inputs(pixels.layouts, plan, quotas, spread)
+    size = NamedArray(BUDGET, np.array([packed.budget], dtype=np.int64))
+    return GraphFeed((values, *packed.arrays, size, NamedArray(QUOTA, packed.quota)), packed)
 
 
 class OrtRunner:
@@ -86,21 +122,17 @@ class OrtRunner:
     def _run_part(
         self, pixels: PixelBatch, budget: int, quotas: Int64Array, saliency: bool, spread: Spread
     ) -> VisualTokens:
-        feed: dict[str, npt.NDArray[np.generic]]
-        feed = {PIXEL_VALUES: np.ascontiguousarray(pixels.pixel_values, dtype=self._dtype)}
-        if not self._plan.packed:
-            return self._fetched({**feed, BUDGET: np.array([budget], dtype=np.int64), QUOTA: quotas}, saliency)
-        packed = packed_inputs(pixels.layouts, self._plan, quotas, spread)
-        feed.update({array.name: array.values for array in packed.arrays})
-        feed.update({BUDGET: np.array([packed.budget], dtype=np.int64), QUOTA: packed.quota})
-        return pictures_from_rows(self._fetched(feed, saliency), packed, pixels.layouts)
+        feed = feed_from_pixels(pixels, self._plan, self._dtype, budget, quotas, spread)
+        seen = self._fetched(feed, saliency)
+        return seen if feed.packed is None else pictures_from_rows(seen, feed.packed, pixels.layouts)
 
-    def _fetched(self, feed: Mapping[str, npt.NDArray[np.generic]], saliency: bool) -> VisualTokens:
+    def _fetched(self, feed: GraphFeed, saliency: bool) -> VisualTokens:
         wanted = [TOKENS, POSITIONS, COUNTS, *([SALIENCY] if saliency else [])]
         if self._session is None:
             raise EnvironmentFaultError("the runner is closed.")
+        values = {item.name: item.values for item in feed.arrays}
         try:
-            tokens, positions, counts, *rest = self._session.run(wanted, feed)
+            tokens, positions, counts, *rest = self._session.run(wanted, values)
         except Exception as error:  # onnxruntime's exceptions have no common base
             raise EnvironmentFaultError(f"ONNX Runtime failed in the vision graph: {error}") from error
         return VisualTokens(tokens, positions, counts, rest[0] if rest else None)

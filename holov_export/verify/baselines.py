@@ -31,11 +31,11 @@ from holov_export.bundle import (
 from holov_export.errors import ParityError, UnknownNameError
 from holov_export.policies import NoSelection, UniformPolicy
 from holov_export.runtime.runner_ort import OrtRunner
-from holov_export.spec import ExportPlan, Precision
+from holov_export.spec import ExportPlan, opset_of
 from holov_export.tensors import VisualTokens
 from holov_export.verify.backends import CPU_PRECISIONS
 from holov_export.verify.machine import installed_libraries
-from holov_export.verify.parity import TOLERANCES, Comparison, compare
+from holov_export.verify.parity import Comparison, compare, tolerance_of
 from holov_export.verify.pictures import default_pictures, pixels_for
 
 #: name -> policy that the manifest of such a bundle names
@@ -71,7 +71,8 @@ def baseline_of(
     if kind not in BASELINES:
         raise UnknownNameError(f"unknown baseline '{kind}'.", hint=f"Known: {', '.join(BASELINES)}.")
     changes = {"policy": BASELINES[kind], "cuts": (), "also": (), "decoder": None, "part": "image"}
-    plan = bundle.manifest.plan.model_copy(update=changes)
+    usual = {"quantization": None, "opset": opset_of(bundle.manifest.plan.precision)}  # a quantised one: as before
+    plan = bundle.manifest.plan.model_copy(update={**changes, **usual})
     tell(f"export the baseline '{kind}' ({plan.precision.value})")
     with atomic_folder(output, overwrite=overwrite) as work:
         for part in plan.parts:
@@ -95,7 +96,7 @@ def baseline_of(
             tell(f"compare: {kind}")
             for part in plan.parts:
                 sides = Bundle(work, manifest).of_part(part), pruned.of_part(part)
-                refuse_if_different(compare_with_pruned(*sides), plan.precision)
+                refuse_if_different(compare_with_pruned(*sides), bundle.manifest.plan)
     return Bundle(output, manifest)
 
 
@@ -129,16 +130,16 @@ def compare_with_pruned(baseline: Bundle, pruned: Bundle) -> Comparison:
         with OrtRunner(bundle, provider="cpu") as runner:
             sides.append(runner.run(pixels, tokens, saliency=False))
     names = (plan.policy.method, "pruned")
-    return compare(sides[0], sides[1], names=names, budget=tokens, tolerance=TOLERANCES[plan.precision])
+    return compare(sides[0], sides[1], names=names, budget=tokens, tolerance=tolerance_of(pruned.manifest.plan))
 
 
-def refuse_if_different(comparison: Comparison, precision: Precision) -> None:
+def refuse_if_different(comparison: Comparison, pruned: ExportPlan) -> None:
     """Judge the rows at common positions alone: a rule that is not lossless at N may lack some.
 
     Raises:
-        ParityError: they differ by more than the tolerance of the precision.
+        ParityError: they differ by more than the tolerance of the pruned graph.
     """
-    if not comparison.token_error <= TOLERANCES[precision].tokens:
+    if not comparison.token_error <= tolerance_of(pruned).tokens:
         raise ParityError(
             f"the baseline's rows differ from the pruned graph's at K = N: error {comparison.token_error:.2e}.",
             hint="The checkpoint may not be the one that the bundle was exported from.",

@@ -72,8 +72,10 @@ class Contestant:
         return tuple(dict.fromkeys(checked_budget(budget, self.info.tokens) for budget in chosen))
 
     def peak_tflops(self) -> float | None:
-        """The target's dense rate of the bundle's precision, TFLOP/s."""
-        return self.target.rate(self.bundle.manifest.plan.precision.value) if self.target else None
+        """The target's dense rate of the bundle's precision, TFLOP/s; of a quantised one that of its products."""
+        plan = self.bundle.manifest.plan
+        seen = plan.precision if plan.quantization is None else plan.quantization.type
+        return self.target.rate(seen.value) if self.target else None
 
 
 def ort_contestant(
@@ -112,7 +114,7 @@ def contestant_info(
         engine=engine,
         engine_kind=kind,
         method=plan.method,
-        precision=plan.precision.value,
+        precision=plan.precision_name,
         tokens=plan.tokens,
         graph_sha256=known or sha256_of(bundle.vision),
         load_seconds=round(load_seconds, 3),

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from holov_export.policies import Frozen
-from holov_export.spec import DecoderPrecision, Precision
+from holov_export.spec import DecoderPrecision, ExportPlan, Precision
 from holov_export.tensors import VisualTokens
 
 
@@ -40,6 +40,15 @@ TOLERANCES = {
     Precision.FP16: Tolerance(tokens=2e-2, saliency=2e-2, overlap=0.9),
     Precision.BF16: Tolerance(tokens=1e-1, saliency=5e-2, overlap=0.8),
 }
+
+
+#: a quantised graph against float32 torch: that it is the same graph at all. What it may lose is the recipe's to say
+_QUANTIZED = Tolerance(tokens=1.0, saliency=2e-1, overlap=0.5)
+
+
+def tolerance_of(plan: ExportPlan) -> Tolerance:
+    """Of a plan's vision graph against float32 torch."""
+    return TOLERANCES[plan.precision] if plan.quantization is None else _QUANTIZED
 
 
 class Comparison(Frozen):

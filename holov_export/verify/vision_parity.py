@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from holov_export.bundle import Bundle
 from holov_export.extras import is_installed
 from holov_export.policies import FeatureSource
 from holov_export.runtime.runner import joined
-from holov_export.runtime.runner_ort import OrtRunner
 from holov_export.spec import Precision
 from holov_export.tensors import FloatArray, PixelBatch, VisualTokens
 from holov_export.verify.backends import (
@@ -24,9 +22,10 @@ from holov_export.verify.backends import (
     tokens_from_reference,
     tokens_from_torch,
 )
-from holov_export.verify.parity import TOLERANCES, Comparison, ParityReport, compare
+from holov_export.verify.parity import TOLERANCES, Comparison, ParityReport, compare, tolerance_of
 from holov_export.verify.pictures import pixels_for
 from holov_export.verify.transformers_vision import transformers_vision
+from holov_export.verify.vision_loss import runner_on_cpu
 
 Pictures = Sequence[tuple[str, Image.Image]]
 Case = tuple[PixelBatch, int, list[int]]
@@ -102,28 +101,13 @@ def _cases(bundle: Bundle, pictures: Pictures, budgets: Sequence[int]) -> Iterat
 
 def _run_graph(bundle: Bundle, cases: Sequence[Case]) -> tuple[str, list[VisualTokens]]:
     """(name of the back end, results) of the bundle's own graph; a bfloat16 one is widened to float32 first."""
-    if bundle.manifest.plan.precision in CPU_PRECISIONS:
-        return "onnxruntime", _run_ort(bundle, cases)
-    from holov_export.export.onnx_from_graph import write_widened
-
-    inputs = tuple(
-        item.model_copy(update={"dtype": "float32"}) if item.dtype == "bfloat16" else item
-        for item in bundle.manifest.inputs
-    )
-    # beside the bundle: /tmp is often memory
-    with tempfile.TemporaryDirectory(prefix=".widened-", dir=bundle.folder.parent) as work:
-        write_widened(bundle.vision, Path(work))
-        widened = Bundle(Path(work), bundle.manifest.model_copy(update={"inputs": inputs}))
-        return "onnxruntime, widened", _run_ort(widened, cases)
-
-
-def _run_ort(bundle: Bundle, cases: Sequence[Case]) -> list[VisualTokens]:
-    with OrtRunner(bundle, provider="cpu") as runner:
+    widened = bundle.manifest.plan.precision not in CPU_PRECISIONS
+    with runner_on_cpu(bundle) as runner:
 
         def run(pixels: PixelBatch, budget: int, quota: list[int]) -> VisualTokens:
             return runner.run(pixels, budget, quota, saliency=True)
 
-        return [_in_small_batches(run, case) for case in cases]
+        return "onnxruntime, widened" if widened else "onnxruntime", [_in_small_batches(run, case) for case in cases]
 
 
 def _in_small_batches(run: Callable[[PixelBatch, int, list[int]], VisualTokens], case: Case) -> VisualTokens:
@@ -185,7 +169,7 @@ def _compare_case(
     if torch_side is None:
         return
     names = (graph, "torch fp32")
-    yield compare(ort_side, torch_side, names=names, budget=budget, tolerance=TOLERANCES[plan.precision])
+    yield compare(ort_side, torch_side, names=names, budget=budget, tolerance=tolerance_of(plan))
     if features is not None and one_cut:
         reference = tokens_from_reference(plan, pixels, torch_side, budget, quota, features)
         names = ("torch fp32", "reference")

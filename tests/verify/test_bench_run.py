@@ -130,7 +130,7 @@ class TestBaselines:
     def test_other_rows_are_refused(self, plain: Bundle, exported_bundle: Bundle) -> None:
         found = compare_with_pruned(plain, exported_bundle).model_copy(update={"token_error": float("nan")})
         with pytest.raises(ParityError, match="differ from the pruned graph's"):
-            refuse_if_different(found, exported_bundle.manifest.plan.precision)
+            refuse_if_different(found, exported_bundle.manifest.plan)
 
     def test_an_unknown_kind_is_refused(self, exported_bundle: Bundle, llava_checkpoint: Path, tmp_path: Path) -> None:
         with pytest.raises(UnknownNameError, match="plain, uniform"):
