@@ -35,12 +35,12 @@ from holov_export.pipeline import (
     silent,
     write_report,
 )
-from holov_export.quantize.cache import calibrated
+from holov_export.quantize.cache import calibrated, sweep_file
 from holov_export.quantize.cpu import write_quantized_cpu
 from holov_export.quantize.precision_report import PrecisionReport, judge_vision, refuse_loss
 from holov_export.quantize.qdq import write_quantized
 from holov_export.quantize.ranges import Ranges
-from holov_export.quantize.sensitivity import sensitivity_of
+from holov_export.quantize.sensitivity import Advance, sensitivity_of
 from holov_export.quantize.sensitivity_record import Sensitivity
 from holov_export.quantize.summary import QuantizedSummary
 from holov_export.recipes import Recipe, RecipePictures, pictures_of, recipe_from_name, recipe_sha256
@@ -63,6 +63,10 @@ _FLOAT = ".float"
 
 #: hears what a gate found before it decides
 Hear = Callable[[PrecisionReport], None]
+
+
+def unadvanced(runs: int) -> None:
+    """An `Advance` that does nothing."""
 
 
 def unheard(report: PrecisionReport) -> None:
@@ -219,13 +223,41 @@ def _sensitivity(order: _Order, quantization: Quantization, ranges: dict[str, Ra
     """Which layers of the default graph must be kept."""
     order.tell("measure which layers must be kept")
     view = order.source.views[0]
+    return swept(view, quantization, ranges.get(view.label), order.recipe, order.pictures, tell=order.tell)
+
+
+def swept(
+    view: Bundle,
+    quantization: Quantization,
+    ranges: Ranges | None,
+    recipe: Recipe,
+    pictures: RecipePictures,
+    *,
+    threads: int | None = None,
+    tell: Tell = silent,
+    advance: Advance = unadvanced,
+) -> Sensitivity:
+    """Measure which layers of a graph must be kept, on the pictures of the calibration.
+
+    What is measured stays in the bundle: the same sweep goes on where it was, or costs nothing.
+
+    Args:
+        ranges: None where the form needs none.
+        advance: hears how many further runs of the graph are over.
+
+    Raises:
+        HolovExportError: see `sensitivity_of`.
+    """
     return sensitivity_of(
         view,
         quantization,
-        ranges.get(view.label),
-        order.pictures.calibrate,
-        limits=order.recipe.limits,
-        tell=order.tell,
+        ranges,
+        pictures.calibrate,
+        limits=recipe.limits,
+        partial=sweep_file(view, recipe.name, quantization),
+        threads=threads,
+        tell=tell,
+        advance=advance,
     )
 
 

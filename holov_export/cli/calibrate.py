@@ -12,15 +12,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from holov_export.bundle import Bundle, open_bundle
-from holov_export.cli.console import ERR, OUT, print_json, say, table
+from holov_export.cli.console import ERR, OUT, print_json, progress, say, table
 from holov_export.cli.options import bundle_argument, graph_of, json_option, method_option, verify_option
-from holov_export.cli.quantize_options import pictures_option, recipe_option
+from holov_export.cli.quantize_options import (
+    keep_option,
+    pictures_option,
+    quantize_for_option,
+    quantize_request,
+    recipe_option,
+    smooth_option,
+)
+from holov_export.cli.sensitivity_text import print_sensitivity
 from holov_export.compile.graph_file import graph_from_file
+from holov_export.pipeline_quantized import swept
 from holov_export.quantize.cache import calibrated, ranges_folder
 from holov_export.quantize.linears import linears_of
 from holov_export.quantize.observe import Advance, Tell, check_can_observe
 from holov_export.quantize.ranges import OUTLIER, NamedRange, Ranges, RangesSummary, summary_of
-from holov_export.recipes import NamedPicture, Recipe, pictures_of, recipe_from_name
+from holov_export.quantize.sensitivity_record import Sensitivity
+from holov_export.recipes import NamedPicture, Recipe, RecipePictures, pictures_of, recipe_from_name
+from holov_export.request import quantization_from_request
+from holov_export.spec import Quantization
 
 
 @click.command()
@@ -29,6 +41,16 @@ from holov_export.recipes import NamedPicture, Recipe, pictures_of, recipe_from_
 @pictures_option
 @method_option
 @click.option("--again", is_flag=True, help="Calibrate again, even if the bundle keeps ranges of this recipe.")
+@click.option(
+    "--sensitivity",
+    is_flag=True,
+    help="Then measure which layers lose most when they are quantised, and which to keep.",
+)
+@click.option("--int8", "quantized", flag_value="int8", default="int8", help="Sweep with int8 products (default).")
+@click.option("--fp8", "quantized", flag_value="fp8", help="Sweep with 8-bit floats.")
+@quantize_for_option
+@smooth_option
+@keep_option
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.")
 @verify_option
 @json_option
@@ -38,6 +60,11 @@ def calibrate(
     pictures: Path | None,
     method: str | None,
     again: bool,
+    sensitivity: bool,
+    quantized: str,
+    quantize_for: Literal["tensorrt", "cpu"],
+    smooth: float | None,
+    keep: tuple[str, ...],
     threads: int | None,
     verify: Literal["full", "size"],
     as_json: bool,
@@ -50,15 +77,49 @@ def calibrate(
     opened = open_bundle(bundle, verify=verify)
     chosen = recipe_from_name(recipe)
     views = [view for view in opened.views if method is None or view.method == graph_of(opened, method).method]
-    seen = pictures_of(chosen, pictures).calibrate
-    check_can_observe(views[0], seen)
-    found = _calibrated(views, chosen, seen, again=again, threads=threads)
+    seen = pictures_of(chosen, pictures)
+    check_can_observe(views[0], seen.calibrate)
+    found = _calibrated(views, chosen, seen.calibrate, again=again, threads=threads)
     summaries = [(view, ranges, summary_of(ranges, linears_of(graph_from_file(view.vision)))) for view, ranges in found]
+    if not as_json:
+        for item in summaries:
+            _print(*item)
+    sweeps: list[Sensitivity] = []
+    if sensitivity:
+        request = quantize_request(quantized, quantize_for, recipe, pictures, smooth, keep, None, accept_loss=False)
+        assert request is not None  # there is a type
+        sweeps = _swept(
+            found, quantization_from_request(request, opened.manifest.plan.precision), chosen, seen, threads
+        )
     if as_json:
-        print_json([_json(*item) for item in summaries])
+        further = [{"sensitivity": each.model_dump(mode="json")} for each in sweeps] or [{}] * len(summaries)
+        print_json([{**_json(*item), **more} for item, more in zip(summaries, further, strict=True)])
         return
-    for item in summaries:
-        _print(*item)
+    for each in sweeps:
+        print_sensitivity(each)
+
+
+def _swept(
+    found: Sequence[tuple[Bundle, Ranges]],
+    quantization: Quantization,
+    recipe: Recipe,
+    pictures: RecipePictures,
+    threads: int | None,
+) -> list[Sensitivity]:
+    """The sweep of each graph; its runs are counted by the lines that it tells."""
+    with progress() as tell:
+        return [
+            swept(
+                view,
+                quantization,
+                ranges if quantization.recipe else None,
+                recipe,
+                pictures,
+                threads=threads,
+                tell=tell,
+            )
+            for view, ranges in found
+        ]
 
 
 def _calibrated(

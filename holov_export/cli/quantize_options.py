@@ -25,27 +25,32 @@ recipe_option = click.option(
 pictures_option = click.option(
     "--pictures", type=UserPath(), metavar="DIR", help="The recipe's pictures, for recipes that take a folder."
 )
+quantize_for_option = click.option(
+    "--quantize-for",
+    "quantize_for",
+    type=click.Choice(["tensorrt", "cpu"]),
+    default="tensorrt",
+    show_default=True,
+    help="What runs the quantised graph: Q/DQ nodes from a calibration for TensorRT, or ONNX Runtime's own form "
+    "for a CPU, which needs no calibration.",
+)
+smooth_option = click.option(
+    "--smooth", type=click.FloatRange(0.0, 1.0, max_open=True), help="SmoothQuant's alpha; 0 for none."
+)
+keep_option = click.option(
+    "--keep",
+    multiple=True,
+    metavar="LAYERS",
+    help="Layers that are not quantised, by parts of their names: layers.3,mlp.fc2. `auto` measures which.",
+)
 _OPTIONS = (
     click.option("--int8", "quantized", flag_value="int8", help="8-bit integer products in the vision graph."),
     click.option("--fp8", "quantized", flag_value="fp8", help="8-bit float (E4M3) products, for sm_89 and newer."),
-    click.option(
-        "--quantize-for",
-        "quantize_for",
-        type=click.Choice(["tensorrt", "cpu"]),
-        default="tensorrt",
-        show_default=True,
-        help="What runs the quantised graph: Q/DQ nodes from a calibration for TensorRT, or ONNX Runtime's own form "
-        "for a CPU, which needs no calibration.",
-    ),
+    quantize_for_option,
     recipe_option,
     pictures_option,
-    click.option("--smooth", type=click.FloatRange(0.0, 1.0, max_open=True), help="SmoothQuant's alpha; 0 for none."),
-    click.option(
-        "--keep",
-        multiple=True,
-        metavar="LAYERS",
-        help="Layers that are not quantised, by parts of their names: layers.3,mlp.fc2. `auto` measures which.",
-    ),
+    smooth_option,
+    keep_option,
     click.option(
         "--questions",
         type=UserPath(),

@@ -23,6 +23,7 @@ from holov_export.quantize.observe import Advance, Tell, check_can_observe, name
 from holov_export.quantize.ranges import SCHEMA, ChannelRange, Ranges, RangesRecord
 from holov_export.recipes import NamedPicture, Recipe, recipe_sha256
 from holov_export.runtime.engine_choice import graph_hashes
+from holov_export.spec import Quantization
 from holov_export.storage import FolderKind, atomic_folder
 
 RECORD, CHANNELS = "ranges.json", "channels.npz"
@@ -33,6 +34,13 @@ _AGAIN = "Delete the folder, or calibrate again: holov-export calibrate --again"
 def ranges_folder(view: Bundle, recipe_name: str) -> Path:
     """BUNDLE/calibration/smoke-8, or smoke-8-scope, smoke-8-scope-video for a further graph."""
     return view.folder / CALIBRATION / labelled_file(view.label, recipe_name)
+
+
+def sweep_file(view: Bundle, recipe_name: str, quantization: Quantization) -> Path:
+    """BUNDLE/calibration/smoke-8.int8-tensorrt.jsonl: what a sensitivity sweep has measured; see `SweepJournal`."""
+    folder = ranges_folder(view, recipe_name)
+    smooth = "" if quantization.smoothing is None else f"-smooth-{quantization.smoothing:g}"
+    return folder.with_name(f"{folder.name}.{quantization.type.value}-{quantization.engine}{smooth}.jsonl")
 
 
 def calibrated(

@@ -204,7 +204,7 @@ class _Work:
         found = None if ranges is None else ranges.record.tensors.get(name)
         if found is None:
             raise UsageError(f"the calibration has no range of '{name}'.", hint="Calibrate this graph again.")
-        largest = abs(found.high)
+        largest = max(abs(found.low), abs(found.high))
         scale = self._constant(f"{name}.scale", scales_from_largest(largest, self._type, kind))
         zero = self._constant(f"{self._type.value}.zero", rounded_values(np.zeros(1), np.ones(1), self._type)[0])
         self._activations[name] = _Activation(scale, zero, factors)
