@@ -70,7 +70,7 @@ def watched_graph(view: Bundle, threads: int | None) -> Iterator[Watched]:
         names = tuple(dict.fromkeys(name for linear in linears_of(model) for name in linear.activations))
         if not names:
             raise UsageError(f"{view.graph} has no product with weights that could be quantised.")
-        at_hand = {item.name for item in (*model.graph.input, *model.graph.output)}
+        at_hand = {item.name for item in model.graph.output}
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in at_hand)
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors only
@@ -131,14 +131,11 @@ def run_watched(
     """
     quotas = np.full(len(pixels), budget, dtype=np.int64)
     feed = feed_from_pixels(pixels, watched.view.manifest.plan, watched.pixels, budget, quotas)
-    given: dict[str, npt.NDArray[Any]] = {item.name: item.values for item in feed.arrays}
-    wanted = [POSITIONS, *(name for name in names if name not in given)]
     try:
-        found = dict(zip(wanted, watched.session.run(wanted, given), strict=True))
+        positions, *values = watched.session.run([POSITIONS, *names], {item.name: item.values for item in feed.arrays})
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise EnvironmentFaultError(f"ONNX Runtime failed in the vision graph: {error}") from error
-    # Qwen2.5-VL's first product multiplies the pixels themselves
-    return found[POSITIONS], [found[name] if name in found else given[name] for name in names]
+    return positions, values
 
 
 def real_rows(values: npt.NDArray[np.floating], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
