@@ -21,16 +21,21 @@ from holov_export import storage
 from holov_export.errors import BundleError, EngineError, IntegrityError
 from holov_export.gpu import Gpu
 from holov_export.policies import Frozen
-from holov_export.spec import Precision
+from holov_export.spec import Precision, QuantizedType
 from holov_export.storage import FolderKind, sha256_of
 from holov_export.versions import version_from_text
 
-#: of engine.json; 2 since profiles may have further axes. Records of schema 1 are those of graphs that have none
-SCHEMA = 2
-_READABLE = (1, SCHEMA)
+#: of engine.json; 2 since profiles may have further axes, 3 since graphs may be quantised. Records of schemas 1 and 2
+#: are those of graphs that have none, and that are not
+SCHEMA = 3
+_READABLE = (1, 2, SCHEMA)
 RECORD = "engine.json"
 ENGINE = "vision.engine"
 LAYERS = "layers.json"
+
+NetworkWords = Literal[
+    "strongly-typed", "fp16-flag", "fp16-flag, pins preferred", "int8-flag", "int8-flag, pins preferred", "fp32"
+]
 
 _KIND = FolderKind(marker=RECORD, noun="engine")
 
@@ -104,7 +109,8 @@ class BuiltWith(Frozen):
 
     Attributes:
         tensorrt: full version. cuda: the driver's. gpu: the driver's name of it. sm: compute capability.
-        network: how precision was given: by the graph's types or by the builder's FP16 flag (TensorRT 8).
+        network: how precision was given: by the graph's types and Q/DQ nodes, or by the builder's flags FP16, or INT8
+            and FP16 (TensorRT 8).
         system: operating system and processor, "Linux aarch64": a plan belongs to its platform.
     """
 
@@ -113,7 +119,7 @@ class BuiltWith(Frozen):
     gpu: str
     sm: int
     system: str
-    network: Literal["strongly-typed", "fp16-flag", "fp16-flag, pins preferred", "fp32"]
+    network: NetworkWords
     version_compatible: bool = False
     hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
     weight_streaming: bool = False
@@ -126,6 +132,7 @@ class EngineRecord(Frozen):
 
     Attributes:
         target: name of the target that it was compiled for.
+        precision: of what is not quantised. quantized: of the factors of quantised products, None if there are none.
         graph_sha256: of the bundle's graph: vision.onnx, or a further one. weights_sha256: of its vision.onnx.data.
         opset: of the graph as TensorRT got it.
         sha256, bytes: of vision.engine.
@@ -136,6 +143,7 @@ class EngineRecord(Frozen):
     schema_version: int
     target: str
     precision: Precision
+    quantized: QuantizedType | None = None
     opset: int
     profiles: tuple[ShapeProfile, ...] = Field(min_length=1)
     graph_sha256: str
@@ -145,6 +153,18 @@ class EngineRecord(Frozen):
     built_with: BuiltWith
     build_seconds: float
     created: str
+
+    @property
+    def precision_name(self) -> str:
+        """What people call it: "fp16", "int8", "fp16-int8"."""
+        return precision_words(self.precision, self.quantized)
+
+
+def precision_words(precision: Precision, quantized: QuantizedType | None) -> str:
+    """What people call the precision of an engine, as `ExportPlan.precision_name` does of a graph."""
+    if quantized is None:
+        return precision.value
+    return quantized.value if precision is Precision.FP32 else f"{precision.value}-{quantized.value}"
 
 
 @dataclass(frozen=True)

@@ -218,6 +218,104 @@ class TestMeasure:
             measure.build_in_child(one, one, options, 1.0)
 
 
+class TestQuantised:
+    """Quantised bundles beside the float one: built, compared and timed where they can be, named where they cannot."""
+
+    @pytest.mark.parametrize(("version", "built"), [("8.6.0", ["int8"]), ("10.13.3", ["int8", "fp8"])])
+    def test_a_whole_run(
+        self, version: str, built: list[str], bundles: list[Path], reference: Path, tmp_path: Path
+    ) -> None:
+        from quantized_graphs import quantized_bundle
+
+        from holov_export.bundle import open_bundle
+        from holov_export.spec import QuantizedType
+
+        pruned = bundles[1]
+        made = [
+            quantized_bundle(open_bundle(pruned), tmp_path / f"holov-{kind.value}", kind).folder
+            for kind in QuantizedType
+        ]
+        with tensorrt_standin.installed(version, gpu=FakeGpu()):
+            import measure
+            from steps import Steps
+
+            steps = Steps(tmp_path / "out.json", 10)
+            asked = options_for([pruned, *made], reference, steps.path, batches=(1,), callers=(1,), budgets=(7,))
+            measure.measure(steps, asked)
+        assert steps.failed == []
+        found = json.loads(steps.path.read_text(encoding="utf-8"))
+        names = ["fp32", *built]
+        assert [item["precision_name"] for item in found["builds"]] == names
+        assert {item["precision_name"] for item in found["parity"]} == set(names)
+        assert all({"kept_in_common", "token_cosine", "overlap"} <= set(item) for item in found["parity"])
+        assert {info["precision"] for info in found["bench"][0]["contestants"]} == set(names)
+        refused = [(item["precision_name"], item["reason"]) for item in found["refused"]]
+        assert [name for name, _ in refused] == [name for name in ("int8", "fp8") if name not in built]
+        assert all("no 8-bit floats" in reason for _, reason in refused)
+        rows = [item for item in found["parity"] if item["precision_name"] == "int8"]
+        exact = [item for item in found["parity"] if item["precision_name"] == "fp32"]
+        assert max(item["token_error"] for item in rows) > 10 * max(item["token_error"] for item in exact)
+
+    def test_without_a_gpu_the_builds_say_it(self, bundles: list[Path], tmp_path: Path) -> None:
+        from fitting import fitting
+        from quantized_graphs import quantized_bundle
+        from steps import Steps
+
+        from holov_export.bundle import open_bundle
+        from holov_export.spec import QuantizedType
+        from holov_export.targets import target_from_name
+
+        made = [quantized_bundle(open_bundle(bundles[1]), tmp_path / "int8", QuantizedType.INT8)]
+        with tensorrt_standin.installed("8.6.0", gpu=None):
+            assert fitting(Steps(tmp_path / "out.json", 1), made, target_from_name("h200")) == made
+
+    @pytest.mark.parametrize(
+        ("sm", "asked", "kinds"),
+        [
+            (90, "auto", ("int8", "fp16-int8", "fp16-fp8")),
+            (87, "auto", ("int8", "fp16-int8")),
+            (0, "auto", ("int8", "fp16-int8")),
+            (90, "none", ()),
+            (87, "int8,fp16-fp8", ("int8", "fp16-fp8")),
+        ],
+    )
+    def test_what_is_made_for_which_gpu(
+        self, sm: int, asked: str, kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import prepare
+
+        from holov_export import gpu
+
+        there = gpu.Gpu("G", sm, 2**30, False, "12.6") if sm else gpu.NoGpu("there is none")
+        monkeypatch.setattr(gpu, "probe", lambda: there)
+        assert prepare.quantized_kinds(asked) == kinds
+
+    @pytest.mark.slow
+    def test_prepare_quantises_the_pruned_bundle(self, tmp_path: Path) -> None:
+        """From a float bundle that is there, and from one that is exported for it."""
+        import prepare
+        from steps import Steps
+
+        checkpoint = tmp_path / "checkpoint" / "llava-1.5-7b"
+        prepare.write_checkpoint_of_size("tiny", checkpoint)
+        prepare.export(checkpoint, tmp_path / "bundles" / "holov-fp16", Precision.FP16, "holov")
+        steps = Steps(tmp_path / "prepare.json", 10)
+        prepare.prepare_quantized(steps, tmp_path, ("int8", "fp16-int8", "fp16-fp8"))
+        assert steps.failed == []
+        made = {path.name: open_named(path) for path in sorted((tmp_path / "bundles").iterdir())}
+        assert made == {
+            "holov-fp16": "fp16", "holov-fp16-fp8": "fp16-fp8", "holov-fp16-int8": "fp16-int8", "holov-int8": "int8",
+        }  # fmt: skip
+        assert not list(tmp_path.glob("quantize-*"))
+        assert len(steps.found["quantized"]) == 3
+
+
+def open_named(folder: Path) -> str:
+    from holov_export.bundle import open_bundle
+
+    return open_bundle(folder).manifest.plan.precision_name
+
+
 class TestContract:
     """What `measure` calls wrong, so that "nothing wrong" means something."""
 
@@ -365,9 +463,20 @@ def test_what_has_to_be_installed_is_pinned_and_known_to_the_project() -> None:
 
 @pytest.mark.slow
 def test_prepare_makes_what_measure_needs(tmp_path: Path) -> None:
-    """Six exports of a tiny checkpoint."""
+    """Six exports of a tiny checkpoint, and one that is quantised."""
     ended = subprocess.run(
-        [sys.executable, str(SCRIPTS / "prepare.py"), "--work", str(tmp_path), "--size", "tiny", "--pictures", "3"],
+        [
+            sys.executable,
+            str(SCRIPTS / "prepare.py"),
+            "--work",
+            str(tmp_path),
+            "--size",
+            "tiny",
+            "--pictures",
+            "3",
+            "--quantized",
+            "fp16-int8",
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -375,7 +484,7 @@ def test_prepare_makes_what_measure_needs(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     made = sorted(path.name for path in (tmp_path / "bundles").iterdir())
-    assert made == ["holov-fp16", "plain-fp16", "scope-fp16", "uniform-fp16"]
+    assert made == ["holov-fp16", "holov-fp16-int8", "plain-fp16", "scope-fp16", "uniform-fp16"]
     for method in ("holov", "scope"):
         reference = np.load(tmp_path / f"reference-{method}.npz")
         assert reference["pixels"].shape[0] == 3 and str(reference["method"]) == method

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from holov_export.compile.compilation import CompilePlan
+from holov_export.compile.compilation import HALVED, CompilePlan
 from holov_export.gpu import Gpu
 
 _MEMINFO = Path("/proc/meminfo")
@@ -32,7 +32,9 @@ def configure(trt: Any, config: Any, plan: CompilePlan, workspace: int, *, detai
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if not plan.tf32:  # set by default; 10 bits are too few for what decides which tokens stay
         config.clear_flag(trt.BuilderFlag.TF32)
-    if plan.network == "fp16-flag":
+    if plan.network == "int8-flag":  # a network with Q/DQ layers needs it; calibration and ranges it does not
+        config.set_flag(trt.BuilderFlag.INT8)
+    if plan.network in HALVED:
         config.set_flag(trt.BuilderFlag.FP16)
         word = "PREFER" if plan.prefer else "OBEY"
         config.set_flag(getattr(trt.BuilderFlag, f"{word}_PRECISION_CONSTRAINTS"))

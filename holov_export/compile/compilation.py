@@ -2,8 +2,8 @@
 
     export plan + target + options + a TensorRT version -> CompilePlan
 
-TensorRT 8 gets its precision from builder flags, 10 and 11 from the graph's own types; every feature has a version that
-brought it. Both are said here, once, for the builder and for the trtexec command.
+TensorRT 8 gets its precision from builder flags, 10 and 11 from the graph's own types and Q/DQ nodes; every feature has
+a version that brought it. Both are said here, once, for the builder and for the trtexec command.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from pydantic import Field
 from holov_export.bundle import ENGINES, Bundle, GraphTensor, graph_tensors, labelled_file
 from holov_export.compile.lowering import OPSET_OF_TENSORRT_8
 from holov_export.compile.packed_profiles import largest_of, packed_profiles, within_memory
+from holov_export.compile.precision_checks import check_precision
 from holov_export.compile.profile import profiles_from_target
-from holov_export.engine import ShapeProfile
+from holov_export.engine import ShapeProfile, precision_words
 from holov_export.errors import BudgetError, EngineError
 from holov_export.policies import Frozen
-from holov_export.spec import ExportPlan, Precision
+from holov_export.spec import ExportPlan, Precision, QuantizedType
 from holov_export.targets import BuildFlags, EngineTarget
 from holov_export.versions import version_from_text
 
-NetworkKind = Literal["strongly-typed", "fp16-flag", "fp32"]
+NetworkKind = Literal["strongly-typed", "fp16-flag", "int8-flag", "fp32"]
+#: kinds that let layers run in half precision, whatever the graph's types are, so that what decides has to be pinned
+HALVED: tuple[NetworkKind, ...] = ("fp16-flag", "int8-flag")
 HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"]
 
 #: the release that brought a feature.
@@ -35,7 +38,6 @@ FIRST_RELEASE: dict[str, tuple[int, ...]] = {
     "version compatibility": (8, 6),
     "hardware compatibility": (8, 6),
     "optimisation levels": (8, 6),
-    "bfloat16": (10,),
     "strong typing": (10,),
     "weight streaming": (10,),
     "stripped plans": (10,),
@@ -91,7 +93,9 @@ class CompilePlan(Frozen):
 
     Attributes:
         tensorrt: the version that it is for.
-        network: how the builder learns of precisions; "fp16-flag" pins what the graph computes in float32.
+        network: how the builder learns of precisions; "fp16-flag" pins what the graph computes in float32, "int8-flag"
+            (of a quantised float32 graph: INT8 and FP16) what decides which tokens stay.
+        precision: of what is not quantised. quantized: of the factors of quantised products, None if there are none.
         opset: of the graph as TensorRT gets it. lowered: whether that differs from the bundle's file.
         inputs: of the graph, with the names of their axes. tokens: N of the largest picture.
         optimization_level: None where TensorRT has no such setting (8.5).
@@ -102,6 +106,7 @@ class CompilePlan(Frozen):
     tensorrt: str
     network: NetworkKind
     precision: Precision
+    quantized: QuantizedType | None = None
     opset: int
     lowered: bool
     inputs: tuple[GraphTensor, ...]
@@ -117,6 +122,11 @@ class CompilePlan(Frozen):
     def version(self) -> tuple[int, ...]:
         return version_from_text(self.tensorrt)
 
+    @property
+    def precision_name(self) -> str:
+        """What people call it: "fp16", "int8", "fp16-int8"."""
+        return precision_words(self.precision, self.quantized)
+
 
 def plan_from_target(plan: ExportPlan, target: EngineTarget, options: CompileOptions, tensorrt: str) -> CompilePlan:
     """Resolve what a build with TensorRT `tensorrt` will do, and refuse what it would refuse.
@@ -131,7 +141,7 @@ def plan_from_target(plan: ExportPlan, target: EngineTarget, options: CompileOpt
     """
     check_tensorrt(target, tensorrt)
     version = version_from_text(tensorrt)
-    _check_precision(plan.precision, target, tensorrt)
+    check_precision(plan, target, tensorrt)
     flags = _flags(target, options)
     _check_flags(flags, target, tensorrt)
     has_levels = version >= FIRST_RELEASE["optimisation levels"]
@@ -139,8 +149,9 @@ def plan_from_target(plan: ExportPlan, target: EngineTarget, options: CompileOpt
     return CompilePlan(
         target=target.name,
         tensorrt=tensorrt,
-        network=network_kind(plan.precision, tensorrt),
+        network=network_kind(plan, tensorrt),
         precision=plan.precision,
+        quantized=None if plan.quantization is None else plan.quantization.type,
         opset=min(plan.opset, OPSET_OF_TENSORRT_8) if version < (9,) else plan.opset,
         lowered=version < (8, 6) or (version < (9,) and plan.opset > OPSET_OF_TENSORRT_8),
         inputs=graph_tensors(plan.signature[0]),
@@ -177,11 +188,13 @@ def _profiles(plan: ExportPlan, target: EngineTarget, options: CompileOptions) -
     return packed_profiles(plan, spans, largest)
 
 
-def network_kind(precision: Precision, tensorrt: str) -> NetworkKind:
+def network_kind(plan: ExportPlan, tensorrt: str) -> NetworkKind:
     """How TensorRT `tensorrt` is told the precision of a graph."""
     if version_from_text(tensorrt) >= (9,):
         return "strongly-typed"
-    return "fp32" if precision is Precision.FP32 else "fp16-flag"
+    if plan.quantization is not None:
+        return "int8-flag"
+    return "fp32" if plan.precision is Precision.FP32 else "fp16-flag"
 
 
 def check_tensorrt(target: EngineTarget, tensorrt: str) -> None:
@@ -213,28 +226,6 @@ def engine_folder(bundle: Path, label: str, options: CompileOptions) -> Path:
 def engine_label(target: str, bundle: Bundle) -> str:
     """Name of an engine's folder: the target, and the graph unless it is the bundle's default one."""
     return labelled_file(bundle.label, target)
-
-
-def _check_precision(precision: Precision, target: EngineTarget, tensorrt: str) -> None:
-    if not target.supports(precision.value):
-        raise EngineError(
-            f"the target '{target.name}' builds {', '.join(target.precisions)}; the bundle is {precision.value}.",
-            hint=f"Export it again with --{_exportable(target)}.",
-        )
-    if precision is not Precision.BF16:
-        return
-    if version_from_text(tensorrt) < FIRST_RELEASE["bfloat16"]:
-        raise EngineError(
-            f"the bundle is bf16, which TensorRT {tensorrt} cannot build from a graph's types.",
-            hint="Export it again with --fp16, or use TensorRT 10 or newer.",
-        )
-    if target.sm < 80:
-        raise EngineError(f"sm_{target.sm} has no bfloat16.", hint="Export it again with --fp16.")
-
-
-def _exportable(target: EngineTarget) -> str:
-    known = {item.value for item in Precision}
-    return next((name for name in target.precisions if name in known), "fp32")
 
 
 def _flags(target: EngineTarget, options: CompileOptions) -> BuildFlags:

@@ -12,7 +12,8 @@ import json
 import mmap
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,8 +22,16 @@ from typing import TYPE_CHECKING, Any
 from holov_export.bundle import Bundle, verify_artifacts
 from holov_export.compile.build_watch import BuildProgress, Messages, logger_for, monitor_for, watched
 from holov_export.compile.builder_config import configure, workspace_bytes
-from holov_export.compile.compilation import CompileOptions, CompilePlan, engine_folder, engine_label, plan_from_target
-from holov_export.compile.graph_file import graph_from_file
+from holov_export.compile.compilation import (
+    HALVED,
+    CompileOptions,
+    CompilePlan,
+    engine_folder,
+    engine_label,
+    plan_from_target,
+)
+from holov_export.compile.float_weights import float_bytes
+from holov_export.compile.graph_file import graph_from_file, weight_files, write_lowered
 from holov_export.compile.lowering import lowered_for
 from holov_export.compile.machine import check_gpu, this_machine
 from holov_export.compile.network import network_from_graph
@@ -37,6 +46,7 @@ from holov_export.engine import (
     BuiltWith,
     Engine,
     EngineRecord,
+    NetworkWords,
     atomic_engine_folder,
     system_name,
     write_record,
@@ -82,14 +92,15 @@ def engine_from_bundle(
     tell(f"read the graph for TensorRT {plan.tensorrt}")
     graph = graph_for(bundle, plan, force=options.force, tell=tell)
     cache = _cache(plan, machine.gpu, options)
-    job = _Job(machine.trt, machine.gpu, plan, graph, bundle.vision, cache, options.layer_report, tell)
     folder = engine_folder(bundle.folder, engine_label(target.name, bundle), options)
     with atomic_engine_folder(folder) as work:
-        _refuse_small_disk(bundle, plan, work)
-        tell(f"build the engine: {target.name}, TensorRT {plan.tensorrt}, {machine.gpu.name}")
-        start = time.monotonic()
-        _build(job, work / ENGINE)
-        seconds = time.monotonic() - start
+        _refuse_small_disk(bundle, plan, graph, work)
+        with _path_of(bundle, plan, graph, work, tell) as path:
+            job = _Job(machine.trt, machine.gpu, plan, graph, path, cache, options.layer_report, tell)
+            tell(f"build the engine: {target.name}, TensorRT {plan.tensorrt}, {machine.gpu.name}")
+            start = time.monotonic()
+            _build(job, work / ENGINE)
+            seconds = time.monotonic() - start
         if options.layer_report:
             tell("ask the engine for its layers")
             _write_layer_report(machine.trt, plan, work, tell)
@@ -99,7 +110,8 @@ def engine_from_bundle(
 
 
 def _verify_graph(bundle: Bundle) -> None:
-    files = tuple(item for item in bundle.manifest.artifacts if item.path in (bundle.graph, bundle.weights))
+    read = (bundle.graph, bundle.weights, *weight_files(graph_from_file(bundle.vision)))
+    files = tuple(item for item in bundle.manifest.artifacts if item.path in read)
     verify_artifacts(Bundle(bundle.folder, bundle.manifest.model_copy(update={"artifacts": files})))
 
 
@@ -123,6 +135,24 @@ def graph_for(bundle: Bundle, plan: CompilePlan, *, force: bool = False, tell: T
             hint=f"`holov-export check {checked} --tensorrt {plan.tensorrt}` says more; --force builds anyway.",
         )
     return lowered_for(graph_from_file(bundle.vision), plan.tensorrt)
+
+
+@contextmanager
+def _path_of(bundle: Bundle, plan: CompilePlan, graph: ModelProto, work: Path, tell: Tell) -> Iterator[Path]:
+    """The path beside which the weights of a graph lie: the bundle's, or a copy in float32 while the build lasts.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    if not float_bytes(graph_from_file(bundle.vision), graph):
+        yield bundle.vision
+        return
+    tell(f"write the INT8 weights as float32, which TensorRT {plan.tensorrt} wants")
+    folder = work / "float32"
+    try:
+        yield write_lowered(bundle.vision, plan.tensorrt, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -191,7 +221,7 @@ def _config(job: _Job, builder: Any, network: Any) -> Any:
     """The builder's configuration: settings, profiles, pins and timing cache of the plan."""
     config = builder.create_builder_config()
     configure(job.trt, config, job.plan, workspace_bytes(job.plan, job.gpu), detailed=job.layer_report)
-    if job.plan.network == "fp16-flag":
+    if job.plan.network in HALVED:
         pins = pin_float32(job.trt, network, job.graph)
         job.tell(f"kept in float32: {pins.layers} of {network.num_layers} layers")
     add_profiles(builder, network, config, job.plan.profiles, job.plan.inputs)
@@ -200,17 +230,19 @@ def _config(job: _Job, builder: Any, network: Any) -> Any:
     return config
 
 
-def _refuse_small_disk(bundle: Bundle, plan: CompilePlan, work: Path) -> None:
-    """A plan holds the weights; better to know now than after the build.
+def _refuse_small_disk(bundle: Bundle, plan: CompilePlan, graph: ModelProto, work: Path) -> None:
+    """A plan holds the weights, and float32 copies of them are written for it; better to know now than after the build.
 
     Raises:
         StorageError: less is free than the weights take.
     """
     weights = sum(item.bytes for item in bundle.manifest.artifacts if item.path in (bundle.graph, bundle.weights))
+    floats = float_bytes(graph_from_file(bundle.vision), graph)
+    needed = (0 if plan.flags.strip_plan else weights) + (weights + floats if floats else 0)
     free = shutil.disk_usage(work).free
-    if not plan.flags.strip_plan and free < weights:
+    if free < needed:
         raise StorageError(
-            f"the engine needs about {weights / 1e6:.0f} MB and '{work.parent}' has {free / 1e6:.0f} MB left.",
+            f"the engine needs about {needed / 1e6:.0f} MB and '{work.parent}' has {free / 1e6:.0f} MB left.",
             hint="Free some, or choose another --output.",
         )
 
@@ -244,12 +276,19 @@ def _layers_of(trt: Any, plan: CompilePlan, path: Path, messages: Messages) -> s
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
+def _network_words(plan: CompilePlan) -> NetworkWords:
+    if plan.prefer and plan.network == "fp16-flag":
+        return "fp16-flag, pins preferred"
+    return "int8-flag, pins preferred" if plan.prefer and plan.network == "int8-flag" else plan.network
+
+
 def _record(bundle: Bundle, plan: CompilePlan, gpu: Gpu, work: Path, seconds: float) -> EngineRecord:
     hashes = {item.path: item.sha256 for item in bundle.manifest.artifacts}
     return EngineRecord(
         schema_version=SCHEMA,
         target=plan.target,
         precision=plan.precision,
+        quantized=plan.quantized,
         opset=plan.opset,
         profiles=plan.profiles,
         graph_sha256=hashes[bundle.graph],
@@ -262,7 +301,7 @@ def _record(bundle: Bundle, plan: CompilePlan, gpu: Gpu, work: Path, seconds: fl
             gpu=gpu.name,
             sm=gpu.sm,
             system=system_name(),
-            network="fp16-flag, pins preferred" if plan.network == "fp16-flag" and plan.prefer else plan.network,
+            network=_network_words(plan),
             version_compatible=plan.flags.version_compatible,
             hardware_compatibility=plan.flags.hardware_compatibility,
             weight_streaming=plan.flags.weight_streaming,

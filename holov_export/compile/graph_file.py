@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from holov_export.bundle import VISION, read_manifest
+from holov_export.compile.float_weights import write_float_weights
 from holov_export.compile.lowering import all_graphs, lowered_for
 from holov_export.errors import BundleError, StorageError, UsageError
 from holov_export.extras import require
@@ -86,7 +87,7 @@ def write_lowered(source: Path, tensorrt: str, folder: Path) -> Path:
     """Write the form of an ONNX file that TensorRT `tensorrt` reads into `folder`, with its weights beside it.
 
     The weights become real files (ONNX Runtime and the ONNX checker refuse links), sharing blocks with the originals
-    where the file system can.
+    where the file system can. INT8 weights for TensorRT 8 become float32 in a further file.
 
     Args:
         source: the ONNX file; `folder` is made if it is missing, and must be another one than that of `source`.
@@ -99,9 +100,11 @@ def write_lowered(source: Path, tensorrt: str, folder: Path) -> Path:
             missing or lies outside the model's folder.
         StorageError: not writable, or the disk is full.
     """
-    lowered = lowered_for(graph_from_file(source), tensorrt)
-    target, weights = folder / source.name, weight_files(lowered)
-    for name in (source.name, *weights):
+    model = graph_from_file(source)
+    lowered = lowered_for(model, tensorrt)
+    target, weights = folder / source.name, weight_files(model)
+    new = sorted(set(weight_files(lowered)) - set(weights))
+    for name in (source.name, *weights, *new):
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UsageError(f"the weight file '{name}' lies outside the folder of the model.")
         if (folder / name).exists():
@@ -116,6 +119,8 @@ def write_lowered(source: Path, tensorrt: str, folder: Path) -> Path:
             written.append(folder / name)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _copy(source.parent / name, folder / name)
+        written += [folder / name for name in new]
+        write_float_weights(model, lowered, source.parent, folder)
         written.append(target)
         target.write_bytes(lowered.SerializeToString())
     except OSError as error:

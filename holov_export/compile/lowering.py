@@ -1,7 +1,8 @@
 """vision.onnx as an older TensorRT reads it: opset 17 for 8.5 and 8.6, without LayerNormalization for 8.5.
 
 Works on the graph alone (`onnx.load(path, load_external_data=False)`): references to the weight file stay as they are,
-so a lowered graph is written beside the same vision.onnx.data and no weight is read or copied.
+so a lowered graph is written beside the same vision.onnx.data and no weight is read or copied. Only INT8 weights get a
+file of their own, in float32; see `float_weights`.
 
 Nothing passes in silence: a node whose operator changed after opset 17 is in a table of `rewrites` or an error that
 names it, and every node of the result is compared with its schema of opset 17.
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from holov_export.compile.float_weights import store_weights_as_float
 from holov_export.compile.rewrites import (
     OLD_VALUES,
     REWRITES,
@@ -66,8 +68,8 @@ def lowered_for(model: ModelProto, tensorrt: str) -> ModelProto:
         tensorrt: the version that will parse the graph.
 
     Raises:
-        UsageError: bfloat16 or another type that TensorRT 8 has not, or an operator that cannot be written in opset
-            17; the message names the node.
+        UsageError: bfloat16 or another type that TensorRT 8 has not, scales that are no float32, or an operator that
+            cannot be written in opset 17; the message names the node.
     """
     version = tensorrt_version(tensorrt)
     lowered = type(model)()
@@ -82,6 +84,8 @@ def lowered_for(model: ModelProto, tensorrt: str) -> ModelProto:
     _refuse_young_types(lowered, tensorrt)
     opset = opset_of(lowered)
     types, ranks = inferred(lowered)
+    _refuse_half_scales(lowered, types, tensorrt)
+    store_weights_as_float(lowered.graph)
     taken = set(_names_in(lowered.graph))
     root = GraphRewrite(lowered.graph, types, ranks, {}, taken)
     if opset > OPSET_OF_TENSORRT_8:
@@ -231,8 +235,26 @@ def _refuse_young_types(model: ModelProto, tensorrt: str) -> None:
         if dtype <= _LAST_OLD_TYPE:
             continue
         word = types.Name(dtype).lower()
-        hint = "Export with --fp16 instead." if word == "bfloat16" else "Quantise to INT8 instead."
+        hint = "Export with --fp16 instead." if word == "bfloat16" else "Export with --int8 instead."
         raise UsageError(f"'{name}' is {word}, which TensorRT {tensorrt} does not have.", hint=hint)
+
+
+def _refuse_half_scales(model: ModelProto, types: dict[str, int], tensorrt: str) -> None:
+    """Q/DQ nodes of opset 17 have float32 scales, and TensorRT 8 reads all scales as such.
+
+    Source: onnx/onnx QuantizeLinear-13 and -19; onnx/onnx-tensorrt builtin_op_importers.cpp@8.6-GA.
+
+    Raises:
+        UsageError: names the first node with other scales.
+    """
+    half = require("onnx").TensorProto.FLOAT16
+    for node in all_nodes(model.graph):
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and types.get(node.input[1]) == half:
+            refuse(
+                node,
+                f"its scale is float16, which came with opset 19, and TensorRT {tensorrt} reads up to opset 17",
+                "Export with --int8 and without --fp16: TensorRT 8 halves the rest by its FP16 flag.",
+            )
 
 
 def _types_in(graph: GraphProto) -> Iterator[tuple[str, int]]:

@@ -13,6 +13,10 @@ is fused with a pinned shuffle may be a contradiction that the builder cannot ob
 Source: NvInfer.h 8.6, IConstantLayer::setWeights; github.com/NVIDIA/TensorRT issues 2838 and 3224.
 Outputs whose type the parser set are left alone: so it says that a Range counts integers.
 
+A quantised graph for TensorRT 8 is float32 around its Q/DQ nodes; there `halvable` says what may be halved. Quantize
+and Dequantize layers are never pinned: the one computes in float32 and the other in INT8, whatever the flags are.
+Source: NvInfer.h 8.5 and 8.6, IQuantizeLayer and IDequantizeLayer.
+
 None of this has run on a GPU yet, only against the stand-in of the tests.
 """
 
@@ -22,21 +26,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from holov_export.compile.halvable import halvable_nodes, is_quantized
 from holov_export.compile.lowering import all_nodes, inferred, subgraphs_of
+from holov_export.compile.rewrites import label_of
 from holov_export.errors import EngineError
 from holov_export.extras import require
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
-#: layers that hold no floats
-_NEVER = ("SHAPE",)
+#: layers that hold no floats, or whose precision is given
+_NEVER = ("SHAPE", "QUANTIZE", "DEQUANTIZE")
 _CONSTANT = "CONSTANT"
 
 
 @dataclass(frozen=True)
 class Pins:
-    """What was pinned: numbers of layers and of float outputs, and of layers that belong to a float16 node."""
+    """What was pinned: numbers of layers and of float outputs, and of layers whose node may run in half precision."""
 
     layers: int
     outputs: int
@@ -52,7 +58,7 @@ def pin_float32(trt: Any, network: Any, model: ModelProto) -> Pins:
     owners = _owners(model)
     pinned = outputs = free = computing = 0
     for layer, node in _traced(network, owners):
-        if node is not None and touches_half(node, owners.types):
+        if node is not None and label_of(node) in owners.free:
             free += 1
         elif touched := _pin(trt, layer):
             pinned += 1
@@ -86,15 +92,22 @@ def element_types(model: ModelProto) -> dict[str, int]:
     return types
 
 
+def free_nodes(model: ModelProto, types: dict[str, int]) -> frozenset[str]:
+    """What `label_of` calls the nodes, those of loop bodies included, that may run in half precision."""
+    if is_quantized(model):
+        return halvable_nodes(model, types)
+    return frozenset(label_of(node) for node in all_nodes(model.graph) if touches_half(node, types))
+
+
 def float32_nodes(model: ModelProto, types: dict[str, int]) -> list[NodeProto]:
     """Nodes, those of loop bodies included, that read or write float32 and may not run in half precision."""
-    single = require("onnx").TensorProto.FLOAT
+    single, free = require("onnx").TensorProto.FLOAT, free_nodes(model, types)
     return [
         node
         for node in all_nodes(model.graph)
         if node.op_type not in ("Shape", "Size", "Constant", "Loop", "Scan", "If")
         and any(types.get(name) == single for name in (*node.input, *node.output))
-        and not touches_half(node, types)
+        and label_of(node) not in free
     ]
 
 
@@ -108,19 +121,21 @@ def touches_half(node: NodeProto, types: dict[str, int]) -> bool:
 
 @dataclass(frozen=True)
 class _Owners:
-    """Nodes by what their TensorRT layers are called, and the element types of all values."""
+    """Nodes by what their TensorRT layers are called, the types of all values, and labels of what may be halved."""
 
     by_output: dict[str, NodeProto]
     by_name: dict[str, NodeProto]
     types: dict[str, int]
+    free: frozenset[str]
 
 
 def _owners(model: ModelProto) -> _Owners:
-    nodes = list(all_nodes(model.graph))
+    nodes, types = list(all_nodes(model.graph)), element_types(model)
     return _Owners(
         by_output={name: node for node in nodes for name in node.output if name},
         by_name={node.name: node for node in nodes if node.name},
-        types=element_types(model),
+        types=types,
+        free=free_nodes(model, types),
     )
 
 

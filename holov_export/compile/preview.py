@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from holov_export.bundle import VISION
-from holov_export.compile.compilation import CompileOptions, CompilePlan, branches_of, plan_from_target
+from holov_export.compile.compilation import HALVED, CompileOptions, CompilePlan, branches_of, plan_from_target
 from holov_export.compile.graph_file import graph_from_file
 from holov_export.compile.lowering import lowered_for
 from holov_export.compile.trtexec import pins_from_graph, trtexec_from_plan
@@ -80,7 +80,7 @@ def _preview(plan: CompilePlan, bundle: Path, options: CompileOptions, graph: st
         source = bundle if graph == VISION else bundle / graph
         commands.append(("holov-export", "lower", str(source), "--tensorrt", plan.tensorrt, "-o", str(folder)))
     pins, notes = None, []
-    if plan.network == "fp16-flag":
+    if plan.network in HALVED:
         lowered = _graph(bundle / graph, plan)
         if lowered is None:
             notes.append("--layerPrecisions and --layerOutputTypes are missing: they name nodes of the exported graph")

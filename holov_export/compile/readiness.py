@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from holov_export.compile.graph_file import LARGEST_PROTOBUF, graph_from_file, graph_path
 from holov_export.compile.graph_view import GraphView, view_of
 from holov_export.compile.lowering import all_graphs, lowered_for, opset_of, tensorrt_version
+from holov_export.compile.quantization_checks import FOR_CPU, QUANTIZATION_CHECKS
 from holov_export.compile.readiness_checks import OPERATOR_CHECKS, Check, Hit, Question
 from holov_export.compile.readiness_rules import Rule, RuleBook, Severity, rule_book
 from holov_export.compile.rewrites import label_of
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 #: one of each kind that JetPack and servers have: JetPack 5, 6.0, 6.1/6.2, 7.x, and TensorRT 11
 VERSIONS = ("8.5", "8.6", "10.3", "10.13", "11.1")
-CHECKS: dict[str, Check] = {**OPERATOR_CHECKS, **TYPE_CHECKS, **SHAPE_CHECKS}
+CHECKS: dict[str, Check] = {**OPERATOR_CHECKS, **TYPE_CHECKS, **QUANTIZATION_CHECKS, **SHAPE_CHECKS}
 #: a rule of the file and not of the graph: such a file cannot be read at all
 TOO_LARGE = "protobuf-too-large"
 #: constants above this size are weights and not looked at
@@ -181,10 +182,14 @@ def _readiness(form: _Form, tensorrt: str, opset: int, folder: Path | None) -> V
 
 
 def _without_echo(findings: list[Finding]) -> Iterator[Finding]:
-    """Leave out that the graph cannot be lowered where another rule says why."""
-    reasons = {"type-unsupported", "local-functions", "operator-unsupported"}
-    explained = any(finding.rule in reasons for finding in findings)
-    return (finding for finding in findings if not (explained and finding.rule == "cannot-lower"))
+    """Leave out that the graph cannot be lowered where another rule says why, and what follows from the CPU's form."""
+    rules = {finding.rule for finding in findings}
+    echo = set[str]()
+    if rules & {"type-unsupported", "local-functions", "operator-unsupported", FOR_CPU}:
+        echo.add("cannot-lower")
+    if FOR_CPU in rules:
+        echo |= {*QUANTIZATION_CHECKS, "type-uint8-inside"} - {FOR_CPU}
+    return (finding for finding in findings if finding.rule not in echo)
 
 
 def _finding(rule: Rule, hit: Hit, tensorrt: str) -> Finding:

@@ -128,6 +128,8 @@ def operator_unsupported(ask: Question) -> Iterator[Hit]:
             continue
         if ask.refusal is not None and node.op_type in _LOWERED:
             continue  # another node keeps this one from being lowered
+        if ask.book.is_integer_operator(node.domain, node.op_type):
+            continue  # another rule says what it is of
         first = ask.book.first_with(node.op_type)
         if first is not None:
             when = f"from {first} on"
@@ -139,7 +141,9 @@ def operator_unsupported(ask: Question) -> Iterator[Hit]:
 def custom_operator(ask: Question) -> Iterator[Hit]:
     functions = {(item.domain, item.name) for item in ask.model.functions}
     for _, node in ask.view.walk():
-        if node.domain not in STANDARD_DOMAINS and (node.domain, node.op_type) not in functions:
+        if node.domain in STANDARD_DOMAINS or ask.book.is_integer_operator(node.domain, node.op_type):
+            continue
+        if (node.domain, node.op_type) not in functions:
             yield Hit(node, {"domain": node.domain})
 
 

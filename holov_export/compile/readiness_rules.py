@@ -85,6 +85,14 @@ class FormPattern(_Ranged):
     source: str
 
 
+class IntegerOperators(Frozen):
+    """Operators of a domain that multiply integers, or choose scales at run time."""
+
+    domain: str
+    operators: tuple[str, ...]
+    source: str
+
+
 class RuleBook(Frozen):
     """All data of the check.
 
@@ -92,6 +100,7 @@ class RuleBook(Frozen):
         rules: in the order of the file.
         types: element type -> the first TensorRT that has it.
         operators: operator -> version -> the types that are documented from that version on.
+        integer: operators of graphs that were quantised for another engine.
         also: types beyond those, from the parser's source.
         never: operators that no version has.
     """
@@ -104,10 +113,15 @@ class RuleBook(Frozen):
     outputs: tuple[CountPattern, ...]
     rank: tuple[InputPattern, ...]
     form: tuple[FormPattern, ...]
+    integer: tuple[IntegerOperators, ...]
     operators: dict[str, dict[str, str]]
     also: dict[str, dict[str, str]]
     never: frozenset[str]
     sources: tuple[str, ...]
+
+    def is_integer_operator(self, domain: str, operator: str) -> bool:
+        """True for an operator that only graphs quantised for another engine have."""
+        return any(item.domain == domain and operator in item.operators for item in self.integer)
 
     def first_with(self, operator: str) -> str | None:
         """The first TensorRT whose parser has an operator, None if none has."""

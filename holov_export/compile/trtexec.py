@@ -61,7 +61,7 @@ def trtexec_from_plan(
 
     Args:
         onnx_file: what it reads: vision.onnx of the bundle, or the lowered one. Its weights lie beside it.
-        pins: for an fp16 bundle on TensorRT 8.
+        pins: for an fp16 or int8 bundle on TensorRT 8.
         timing_cache: a file to read and write.
     """
     notes: list[str] = []
@@ -89,7 +89,8 @@ def _precision(plan: CompilePlan, pins: LayerPins | None, notes: list[str]) -> l
         return ["--stronglyTyped"] if plan.version < (11,) else []
     if plan.network == "fp32":
         return []
-    arguments = ["--fp16", f"--precisionConstraints={'prefer' if plan.prefer else 'obey'}"]
+    arguments = ["--int8"] if plan.network == "int8-flag" else []
+    arguments += ["--fp16", f"--precisionConstraints={'prefer' if plan.prefer else 'obey'}"]
     if pins is not None:
         arguments += [f"--layerPrecisions={pins.precisions}", f"--layerOutputTypes={pins.outputs}"]
         notes.append("it pins layers by name only; helper layers that the parser leaves unnamed stay free")

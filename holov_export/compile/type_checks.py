@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from holov_export.compile.deciding_part import QUANTIZERS
 from holov_export.compile.graph_view import GraphView, attribute
 from holov_export.compile.readiness_checks import Check, Hit, Question
 
@@ -116,20 +117,11 @@ def int64_constant_clamped(ask: Question) -> Iterator[Hit]:
                 yield Hit(facts={"value": name, "number": past[0]})
 
 
-def zero_point(ask: Question) -> Iterator[Hit]:
-    for view, node in ask.standard_nodes():
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 3 or not node.input[2]:
-            continue
-        name, values = node.input[2], view.values_of(node.input[2])
-        if view.type_of(name) == "UINT8":
-            yield Hit(node, {"value": name, "number": "UINT8"})
-        elif values and any(values):
-            yield Hit(node, {"value": name, "number": next(number for number in values if number)})
-
-
 def float32_stays(ask: Question) -> Iterator[Hit]:
     """Only for a graph with a matrix product or convolution that has float32 weights and no narrower ones."""
     heavy = {"MatMul", "Gemm", "Conv", "ConvTranspose"}
+    if any(node.op_type in QUANTIZERS for _, node in ask.standard_nodes()):
+        return  # another rule says it of quantised graphs
     kinds = {view.type_of(node.input[0]) for view, node in ask.standard_nodes() if node.op_type in heavy}
     if "FLOAT" in kinds and not kinds & {"FLOAT16", "BFLOAT16", "FLOAT8E4M3FN"}:
         yield Hit()
@@ -185,7 +177,6 @@ TYPE_CHECKS: dict[str, Check] = {
     "type-undocumented": type_undocumented,
     "int64-becomes-int32": int64_becomes_int32,
     "int64-constant-clamped": int64_constant_clamped,
-    "zero-point": zero_point,
     "float32-stays": float32_stays,
     "topk-limit": topk_limit,
     "topk-unbounded": topk_unbounded,

@@ -8,11 +8,15 @@ there when time runs out:
 
     builds      the first pruned bundle, the baselines, the rest: seconds, bytes, layers; a plain encoder is tuned for
                 K = N, the others as the target says
-    parity      a pruned engine, once it is built, against the float32 reference: kept sets, token error, all (B, K)
+    parity      a pruned engine, once it is built, against the float32 reference: kept sets, token error and cosine,
+                all (B, K); those of quantised bundles as well
     shapes      its profiles at their corners and between, without a rebuild
     bench       all engines in interleaved rounds at each batch, the pruned one without CUDA graphs as well
     callers     several threads over one runner
     packed      then the bundles of graphs that see pictures of unequal size, each family by itself
+
+Quantised bundles that this TensorRT or GPU cannot have (float16 scales before TensorRT 9, 8-bit floats before sm_89)
+are under `refused` with the reason, and no failure.
 
 The file is replaced as a whole after every step; a step that fails is noted in it and the others go on. Each engine is
 built by a process of its own, so that a crash of TensorRT's builder, or a build without end, loses that engine only.
@@ -34,6 +38,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from fitting import fitting, named
 from packed import by_family, check_packed
 from pictures import pictures
 from steps import Steps, numbers
@@ -50,7 +55,7 @@ from holov_export.tensors import CropBox, PixelBatch, VisualTokens
 from holov_export.verify.bench_engines import Contestant
 from holov_export.verify.bench_run import BenchRequest, bench
 from holov_export.verify.bench_tensorrt import engine_for_comparison, tensorrt_contestant
-from holov_export.verify.parity import TOLERANCES, compare
+from holov_export.verify.parity import compare, tolerance_of
 
 #: methods that do not look at the picture: baselines
 BLIND = ("none", "uniform")
@@ -103,7 +108,7 @@ def measure(steps: Steps, options: argparse.Namespace) -> None:
     """All steps."""
     target = target_from_name(options.target)
     steps.found |= {"target": target.name, "builds": [], "parity": [], "shapes": [], "bench": []}
-    found = [open_bundle(folder, verify="size") for folder in options.bundles]
+    found = fitting(steps, [open_bundle(folder, verify="size") for folder in options.bundles], target)
     packed = by_family(found)
     opened = [bundle for bundle in found if not bundle.of_part(bundle.manifest.plan.parts[-1]).manifest.plan.packed]
     if opened:
@@ -193,6 +198,7 @@ def build(steps: Steps, bundle: Bundle, like: Bundle, target: EngineTarget, opti
     engine = read_engine(folder)
     record = engine.record.model_dump(mode="json")
     layers = engine.folder / LAYERS
+    record |= named(bundle)
     record |= {"bundle": bundle.folder.name, "method": bundle.manifest.plan.policy.method, "messages": messages[-20:]}
     record["layers"] = _layer_count(layers) if layers.is_file() else None
     steps.found["builds"].append(record)
@@ -248,7 +254,7 @@ def parity(steps: Steps, bundle: Bundle, target: EngineTarget, options: argparse
         for budget in reference["budgets"].tolist():
             for batch in options.batches:
                 row = compared(runner, reference, bundle, int(budget), batch)
-                steps.found["parity"].append({"bundle": bundle.folder.name, **row})
+                steps.found["parity"].append({"bundle": bundle.folder.name, **named(bundle), **row})
                 steps.write()
 
 
@@ -266,9 +272,8 @@ def compared(runner: Runner, reference: Any, bundle: Bundle, budget: int, batch:
         reference[f"counts_{budget}"][index],
         reference["saliency"][index],
     )
-    precision = bundle.manifest.plan.precision
     names = ("tensorrt", "onnxruntime fp32")
-    found = compare(ours, theirs, names=names, budget=budget, tolerance=TOLERANCES[precision])
+    found = compare(ours, theirs, names=names, budget=budget, tolerance=tolerance_of(bundle.manifest.plan))
     return {"batch": batch, "kept_in_common": kept_in_common(ours, theirs), **found.model_dump(mode="json")}
 
 
@@ -392,7 +397,8 @@ def summary(found: dict[str, Any]) -> str:
     ]
     lines += [
         f"parity {item['bundle']} B={item['batch']} K={item['budget']}: {item['kept_in_common']:.2%} kept in common, "
-        f"token error {item['token_error']:.1e}, {'ok' if item['passed'] else 'FAILED'}"
+        f"token error {item['token_error']:.1e}, cosine {item['token_cosine']:.4f}, "
+        f"{'ok' if item['passed'] else 'FAILED'}"
         for item in found["parity"]
     ]
     lines += [

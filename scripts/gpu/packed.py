@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fitting import named
 from pictures import odd_pixels, pixels_of
 from steps import Steps
 
 from holov_export.bundle import Bundle
 from holov_export.runtime.runner_trt import TrtRunner
 from holov_export.tensors import PixelBatch, VisualTokens
-from holov_export.verify.parity import TOLERANCES, compare
+from holov_export.verify.parity import compare, tolerance_of
 
 Agreement = Callable[[VisualTokens, VisualTokens], float]
 #: what a packed bundle's runs need at least
@@ -58,7 +59,7 @@ def _parity(
 ) -> None:
     """Every budget of the reference, all its pictures together."""
     pixels = pixels_of(bundle, int(reference["pictures"]))
-    tolerance, names = TOLERANCES[bundle.manifest.plan.precision], ("tensorrt", "onnxruntime fp32")
+    tolerance, names = tolerance_of(bundle.manifest.plan), ("tensorrt", "onnxruntime fp32")
     with runner_of(bundle) as runner:
         for budget in reference["budgets"].tolist():
             theirs = VisualTokens(
@@ -69,7 +70,12 @@ def _parity(
             )
             ours = runner.run(pixels, budget, saliency=True)
             found = compare(ours, theirs, names=names, budget=budget, tolerance=tolerance)
-            row = {"bundle": bundle.folder.name, "pictures": len(pixels), "kept_in_common": agreement(ours, theirs)}
+            row = {
+                "bundle": bundle.folder.name,
+                **named(bundle),
+                "pictures": len(pixels),
+                "kept_in_common": agreement(ours, theirs),
+            }
             entry["parity"].append({**row, **found.model_dump(mode="json")})
 
 

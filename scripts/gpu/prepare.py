@@ -9,6 +9,8 @@
 Writes into DIR:
 
     bundles/holov-PRECISION  scope-  plain-  uniform-      what `measure` builds engines from
+    bundles/holov-int8  holov-fp16-int8  holov-fp16-fp8    the first of them quantised (--quantized); fp8 where the GPU
+                                                           of this machine has it
     reference-holov.npz  reference-scope.npz               pixels, and per budget what the float32 graph gives in ONNX
                                                            Runtime on the CPU
     bundles/FAMILY-holov-PRECISION  FAMILY-plain-          of each further family, and reference-FAMILY.npz
@@ -34,13 +36,15 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(
 from pictures import pixels_of  # noqa: E402
 from steps import Steps, names, numbers  # noqa: E402
 
+from holov_export import gpu  # noqa: E402
 from holov_export.bundle import Bundle, open_bundle  # noqa: E402
 from holov_export.pipeline import export_bundle  # noqa: E402
+from holov_export.pipeline_quantized import quantize_bundle  # noqa: E402
 from holov_export.policies import policy_from_settings  # noqa: E402
-from holov_export.request import ExportRequest  # noqa: E402
+from holov_export.request import ExportRequest, QuantizeRequest  # noqa: E402
 from holov_export.runtime.runner import joined  # noqa: E402
 from holov_export.runtime.runner_ort import OrtRunner  # noqa: E402
-from holov_export.spec import Precision  # noqa: E402
+from holov_export.spec import Precision, QuantizedType  # noqa: E402
 from holov_export.verify.baselines import BASELINES, baseline_of  # noqa: E402
 from holov_export.verify.bench_engines import DEFAULT_SHARES  # noqa: E402
 
@@ -48,6 +52,16 @@ from holov_export.verify.bench_engines import DEFAULT_SHARES  # noqa: E402
 METHODS = ("holov", "scope")
 #: further models, as `make_sparse_checkpoint` names them, and the tiny ones of the tests
 FAMILIES = {"llava-next-7b": "llava_next", "qwen2.5-vl-7b": "qwen2_5_vl", "video-llava-7b": "video_llava"}
+#: quantised bundles by name: the float bundle that each is made of, and the type of its products
+QUANTIZED = {
+    "int8": (Precision.FP32, QuantizedType.INT8),
+    "fp16-int8": (Precision.FP16, QuantizedType.INT8),
+    "fp16-fp8": (Precision.FP16, QuantizedType.FP8),
+}
+#: the calibration of all of them; random weights lose what they lose, so no limit is asked of them
+RECIPE = "smoke-8"
+#: the first compute capability with 8-bit floats. Source: TensorRT support matrix, "Hardware and Precision"
+SM_OF_FP8 = 89
 #: pictures, and shares of their tokens, in the reference of a further family: their towers take long on a CPU
 FEW_PICTURES, FEW_SHARES = 3, ((1, 3), (1, 9))
 
@@ -127,13 +141,19 @@ def main() -> int:
     parser.add_argument("--budgets", type=numbers, default=(), help="of the reference (all, a third, 2/9, a ninth)")
     parser.add_argument("--pictures", type=int, default=8, help="in the reference (8)")
     parser.add_argument("--minutes", type=float, default=8.0, help="no step begins after them (8)")
+    parser.add_argument("--quantized", default="auto", help=f"{', '.join(QUANTIZED)}; comma, or none (those that fit)")
     parser.add_argument("--families", type=names, default=(), help=f"further models: {', '.join(FAMILIES)}; comma")
     options = parser.parse_args()
     unknown = [name for name in options.families if name not in FAMILIES]
     if unknown:
         parser.error(f"unknown family '{unknown[0]}'; known: {', '.join(FAMILIES)}")
+    kinds = quantized_kinds(options.quantized)
+    unknown = [name for name in kinds if name not in QUANTIZED]
+    if unknown:
+        parser.error(f"unknown quantisation '{unknown[0]}'; known: {', '.join(QUANTIZED)}, auto, none")
     steps = Steps(options.work / "prepare.json", options.minutes)
     prepare(steps, options.work, options.size, Precision(options.precision), options.budgets, options.pictures)
+    prepare_quantized(steps, options.work, kinds)
     for family in options.families:
         prepare_family(steps, options.work, options.size, Precision(options.precision), family)
     made = [open_bundle(path, verify="size") for path in sorted((options.work / "bundles").iterdir())]
@@ -171,6 +191,37 @@ def prepare(steps: Steps, work: Path, size: str, precision: Precision, budgets: 
         steps.run(f"the reference of {method}", partial(reference, method))
         for kind in BASELINES if number == 0 else ():
             steps.run(f"export {kind}-{precision.value}", partial(baseline, kind))
+
+
+def quantized_kinds(asked: str) -> tuple[str, ...]:
+    """Names of quantised bundles; "auto" is all that the GPU of this machine can run, and without one the int8 ones."""
+    if asked == "none":
+        return ()
+    if asked != "auto":
+        return names(asked)
+    found = gpu.probe()
+    floats = isinstance(found, gpu.Gpu) and found.sm >= SM_OF_FP8
+    return tuple(name for name, (_, kind) in QUANTIZED.items() if kind is QuantizedType.INT8 or floats)
+
+
+def prepare_quantized(steps: Steps, work: Path, kinds: tuple[str, ...]) -> None:
+    """The pruned bundle, quantised in each of these ways; a float one that is missing is exported for it."""
+    checkpoint, bundles = work / "checkpoint" / "llava-1.5-7b", work / "bundles"
+
+    def quantize(name: str, base: Precision, kind: QuantizedType) -> Bundle:
+        source, passing = bundles / f"{METHODS[0]}-{base.value}", work / f"quantize-{base.value}"
+        if not source.is_dir():
+            export(checkpoint, passing, base, METHODS[0])
+        request = QuantizeRequest(type=kind, recipe=RECIPE, accept_loss=True)
+        opened = open_bundle(source if source.is_dir() else passing, verify="size")
+        made = quantize_bundle(opened, request, bundles / f"{METHODS[0]}-{name}", overwrite=True)
+        report = made.reports[0].model_dump(mode="json")
+        steps.found.setdefault("quantized", []).append({"bundle": made.bundle.folder.name, "report": report})
+        shutil.rmtree(passing, ignore_errors=True)
+        return made.bundle
+
+    for name in kinds:
+        steps.run(f"quantise {METHODS[0]}-{name}", partial(quantize, name, *QUANTIZED[name]))
 
 
 def prepare_family(steps: Steps, work: Path, size: str, precision: Precision, family: str) -> None:

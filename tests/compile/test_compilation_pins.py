@@ -33,6 +33,7 @@ class Kind(Enum):
 class Layer(Enum):
     CAST = auto()
     CONSTANT = auto()
+    DEQUANTIZE = auto()
     ELEMENTWISE = auto()
     SHAPE = auto()
     SHUFFLE = auto()
@@ -211,6 +212,17 @@ def test_what_computes_shapes_is_left_alone() -> None:
     main = FakeLayer("add", Layer.ELEMENTWISE, [Tensor("x", Kind.FLOAT)], [Tensor("y", Kind.FLOAT)])
     pins = pin_float32(TRT, FakeNetwork([shape, integers, main]), model)
     assert (pins.layers, shape.precision, integers.precision) == (1, None, None)
+
+
+def test_layers_whose_precision_is_given_are_left_alone() -> None:
+    """A Dequantize layer computes in INT8, also where somebody put it before a float32 node."""
+    model = _model(
+        [helper.make_node("Add", ["x", "x"], ["y"], name="add")], [("x", TensorProto.FLOAT)], [("y", TensorProto.FLOAT)]
+    )
+    up = FakeLayer("up", Layer.DEQUANTIZE, [Tensor("q", Kind.INT32)], [Tensor("u", Kind.FLOAT)])
+    main = FakeLayer("add", Layer.ELEMENTWISE, [Tensor("u", Kind.FLOAT)], [Tensor("y", Kind.FLOAT)])
+    pins = pin_float32(TRT, FakeNetwork([up, main]), model)
+    assert (pins.layers, up.precision, up.output_types) == (1, None, {})
 
 
 def test_layers_after_the_last_named_one_are_pinned() -> None:

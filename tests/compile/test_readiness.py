@@ -26,9 +26,12 @@ from broken_graphs import (
     value,
 )
 from onnx import TensorProto, helper
+from quantized_controls import QUANTIZED_CONTROLS, eight_bit_floats, float_weights, product, sound, vision
 
 from holov_export.bundle import Bundle
+from holov_export.compile.deciding_part import deciding_part
 from holov_export.compile.graph_file import LARGEST_PROTOBUF, graph_path
+from holov_export.compile.graph_view import view_of
 from holov_export.compile.readiness import CHECKS, TOO_LARGE, VERSIONS, readiness_of, readiness_of_bundle
 from holov_export.compile.readiness_rules import rule_book
 from holov_export.errors import BundleError, UsageError
@@ -37,6 +40,7 @@ from holov_export.spec import Precision
 from holov_export.versions import version_from_text
 
 BOOK = rule_book()
+EVERY = (*CONTROLS, *QUANTIZED_CONTROLS)
 
 
 def rules_found(asked: onnx.ModelProto | Path, tensorrt: str) -> set[str]:
@@ -46,7 +50,7 @@ def rules_found(asked: onnx.ModelProto | Path, tensorrt: str) -> set[str]:
 # ------------------------------------------------------------------------------------------------- negative controls
 
 
-@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: f"{control.rule} {control.name}".strip())
+@pytest.mark.parametrize("control", EVERY, ids=lambda control: f"{control.rule} {control.name}".strip())
 def test_a_rule_finds_its_control_on_the_right_versions(control: Control) -> None:
     graph = control.build()
     fired = tuple(version for version in ASKED if control.rule in rules_found(graph, version))
@@ -58,7 +62,7 @@ def test_every_rule_has_a_control_and_a_check() -> None:
     patterns = {"attribute-value", "input-not-constant", "input-unsupported", "output-unsupported", "rank-unsupported"}
     rules = [rule.id for rule in BOOK.rules]
     assert len(set(rules)) == len(rules)
-    assert {control.rule for control in CONTROLS} | files | patterns == set(rules)
+    assert {control.rule for control in EVERY} | files | patterns == set(rules)
     assert set(CHECKS) | {TOO_LARGE} == set(rules)
 
 
@@ -171,6 +175,58 @@ def test_ranks(pattern) -> None:  # type: ignore[no-untyped-def]
         assert fired == (set() if rank in pattern.allowed else expected(pattern))
 
 
+# ----------------------------------------------------------------------------------------------- quantised graphs
+
+
+@pytest.mark.parametrize(("build", "versions"), [(sound, ALL), (lambda: float_weights(axis=1), ALL), (vision, ALL)])
+def test_sound_quantised_graphs_pass(build, versions: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
+    for version in versions:
+        found = readiness_of(build(), [version]).versions[0].findings
+        assert [item.rule for item in found if item.severity != "note"] == [], version
+
+
+def test_eight_bit_floats_are_ready_from_9_on() -> None:
+    for version in ASKED:
+        report = readiness_of(eight_bit_floats(), [version]).versions[0]
+        assert report.ready == (version_from_text(version) >= (9,)), version
+        if not report.ready:
+            assert {item.rule for item in report.findings if item.severity == "error"} == {"type-unsupported"}
+
+
+def test_gemm_with_transposed_weights_has_its_channels_first() -> None:
+    assert readiness_of(product(axis=0, operator="Gemm", transB=1)).ready
+    assert readiness_of(product(axis=-1)).ready
+    assert not readiness_of(product(axis=-2)).ready
+
+
+def test_a_shape_says_nothing_of_the_values_that_it_is_of() -> None:
+    graph = vision()
+    next(node for node in graph.graph.node if node.op_type == "Shape").input[0] = "visual_tokens"
+    part = deciding_part(view_of(graph), {})
+    assert part.products == {"the/key"}
+    assert {"the/counts", "the/softmax", "the/top"} <= set(part.nodes)
+
+
+def test_the_cpu_s_form_is_named_once_and_has_a_way_out() -> None:
+    build = next(control.build for control in QUANTIZED_CONTROLS if control.rule == "quantized-for-cpu")
+    (finding,) = [item for item in readiness_of(build(), ["10.3"]).versions[0].findings if item.severity == "error"]
+    assert finding.rule == "quantized-for-cpu"
+    assert "--int8" in finding.way_out
+
+
+def test_float16_scales_have_no_way_to_tensorrt_8() -> None:
+    held = {"scale": np.float16(0.1), "scales": np.full(3, 0.1, np.float16)}
+    graph = product(held=held, opset=19)
+    graph.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    graph.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    report = readiness_of(graph, ["8.6", "10.3"])
+    assert [version.ready for version in report.versions] == [False, True]
+    (finding,) = [item for item in report.of("8.6").findings if item.severity == "error"]
+    assert finding.rule == "cannot-lower"
+    assert "float16" in finding.message
+    assert "--int8 and without --fp16" in finding.way_out
+
+
 # --------------------------------------------------------------------------------------------------------- the data
 
 
@@ -178,7 +234,8 @@ def test_every_fact_has_a_source() -> None:
     for rule in BOOK.rules:
         assert all(source.startswith("https://") for source in rule.sources), rule.id
         assert rule.message.endswith((".", "{reason}")) and rule.way_out
-    for pattern in (*BOOK.attribute, *BOOK.constant, *BOOK.inputs, *BOOK.outputs, *BOOK.rank, *BOOK.form):
+    lists = (BOOK.attribute, BOOK.constant, BOOK.inputs, BOOK.outputs, BOOK.rank, BOOK.form, BOOK.integer)
+    for pattern in (item for patterns in lists for item in patterns):
         assert pattern.source.startswith("https://"), pattern
 
 

@@ -10,6 +10,7 @@ from tensorrt_standin.config import IBuilderConfig, IOptimizationProfile, ITimin
 from tensorrt_standin.facade import Core
 from tensorrt_standin.network import INetworkDefinition, ITensor
 from tensorrt_standin.plan import Binding, Plan, Range, bytes_from_plan, strip_weights
+from tensorrt_standin.quantization import build_fault
 from tensorrt_standin.values import HostMemory
 
 if TYPE_CHECKING:
@@ -132,6 +133,9 @@ def _build(world: World, network: INetworkDefinition, config: IBuilderConfig) ->
     flags = _checked_flags(network, config)
     _check_profiles(network, config)
     _check_constraints(network, flags)
+    fault = build_fault(network, flags, world.require_gpu("an engine").sm)
+    if fault:
+        raise BuildError(f"Error Code 4: API Usage Error ({fault})")
     new_timings = _time_layers(network, config, flags)
     report_progress(config.progress_monitor, len(network.layers))
     plan = _plan(world, network, config, flags)

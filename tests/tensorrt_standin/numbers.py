@@ -39,6 +39,8 @@ class Numbers:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
+        if b"QuantizeLinear" in plan.model:  # its optimiser refuses some 8-bit graphs, and computes others otherwise
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._session = onnxruntime.InferenceSession(plan.model, options, providers=["CPUExecutionProvider"])
         self._inputs = {item.name: _ONNX_TYPES[item.type] for item in self._session.get_inputs()}
         self._outputs = {item.name: NUMPY_TYPES[item.dtype] for item in plan.bindings if not item.is_input}

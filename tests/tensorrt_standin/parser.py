@@ -20,6 +20,7 @@ from onnx.external_data_helper import load_external_data_for_model
 from tensorrt_standin.api import older, table
 from tensorrt_standin.facade import Core
 from tensorrt_standin.network import ILayer, INetworkDefinition, ITensor
+from tensorrt_standin.quantization import DOWN, UP, node_faults
 from tensorrt_standin.shapes import all_nodes, shape_tensors
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ _TYPES = {
     "BOOL": "BOOL",
     "FLOAT8E4M3FN": "FP8",
 }
+#: Source: docs/Changelog.md of onnx/onnx-tensorrt, 9.0
+_YOUNG = ("BFLOAT16", "FLOAT8E4M3FN")
 #: k of TopK. Source: NvInfer.h, ITopKLayer::setK
 _TOPK_LIMIT = 3840
 
@@ -194,8 +197,12 @@ def _faults(model: onnx.ModelProto, version: str) -> Iterator[Fault]:
     for item in (*model.graph.input, *model.graph.initializer):
         code = item.data_type if isinstance(item, onnx.TensorProto) else item.type.tensor_type.elem_type
         name = onnx.TensorProto.DataType.Name(code)
-        if name not in _TYPES or (name == "BFLOAT16" and older(version, "9.0.0")):
+        if name not in _TYPES or (name in _YOUNG and older(version, "9.0.0")):
             yield Fault("UNSUPPORTED_NODE", f"Found unsupported datatype ({name}) when importing {item.name}")
+    for place, node in enumerate(model.graph.node):
+        if node.op_type in (DOWN, UP):
+            for text in node_faults(model, node, version):
+                yield Fault("INVALID_NODE", text, place, node.name, node.op_type)
     constants = {item.name: item for item in model.graph.initializer}
     for place, node in _placed_nodes(model.graph):
         if node.op_type == "TopK" and node.input[1] in constants:
