@@ -54,8 +54,10 @@ def spec_of_size(layers: int) -> ModelSpec:
     return ModelSpec(family="llava", name="random", image=image, vision=vision, decoder=decoder, prompt=prompt)
 
 
-def transformers_models(spec: ModelSpec) -> tuple[Any, Any, Any]:
+def transformers_models(spec: ModelSpec, outliers: float = 1.0) -> tuple[Any, Any, Any]:
     """(eager tower, SDPA tower over the same weights, projector), random but seeded.
+
+    With `outliers` the norms of all layers multiply six channels by it, the same ones, as trained towers have some.
 
     Each tower has its own configuration: transformers reads the kind of attention from it at run time.
     """
@@ -76,6 +78,10 @@ def transformers_models(spec: ModelSpec) -> tuple[Any, Any, Any]:
     for name, parameter in eager.named_parameters():
         if "q_proj.weight" in name or "k_proj.weight" in name:
             parameter.mul_(PEAKINESS)
+    loud = torch.randperm(vision.width, generator=torch.Generator().manual_seed(1))[:6]
+    for name, parameter in eager.named_parameters():
+        if "layer_norm" in name and name.endswith("weight"):
+            parameter[loud] *= outliers
     with torch.device("meta"):
         sdpa = tower(config(**sizes, attn_implementation="sdpa")).eval()
     sdpa.load_state_dict(eager.state_dict(), assign=True)

@@ -145,7 +145,10 @@ class _Writing:
         for name in linear.nodes:
             node = self.nodes[name]
             product = self._product(node, linear, weight)
-            ir.convenience.replace_all_uses_with(node.outputs[0], product)
+            old = node.outputs[0]
+            product.type, product.shape = old.type, old.shape
+            ir.convenience.replace_all_uses_with(old, product, replace_graph_outputs=True)
+            old.name, product.name = None, old.name
             self.model.graph.remove(node, safe=True)
 
     def _product(self, node: ir.Node, linear: Linear, weight: _Weight) -> ir.Value:

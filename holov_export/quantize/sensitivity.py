@@ -248,7 +248,7 @@ class _Sweep:
                     cosine=summary_of(alone.losses).cosine_min,
                 )
             )
-        return tuple(sorted(found, key=lambda item: item.damage))
+        return tuple(sorted(found, key=lambda item: -item.damage))
 
     def curve(self, ranked: Sequence[str]) -> tuple[tuple[CurvePoint, ...], CurvePoint]:
         """(what was measured on the way, by how many groups are kept; the point that is proposed)."""

@@ -1,4 +1,6 @@
-"""ONNX Runtime's execution providers for a vision graph, and no silent way back to the CPU.
+"""ONNX Runtime's execution providers for a vision graph, and no silent way back to its own kernels for the CPU.
+
+"openvino" computes on the CPU as well, with OpenVINO's kernels; it comes in a wheel of its own, onnxruntime-openvino.
 
 ONNX Runtime falls back in three places: when a provider's library does not load, when a provider takes only a part of
 the graph, and when a run fails. Each is an error here, unless the provider was left to us ("auto").
@@ -8,16 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
 from holov_export.bundle import Bundle
 from holov_export.errors import EnvironmentFaultError, StorageError, UnknownNameError, UsageError
 from holov_export.extras import require
+from holov_export.runtime.openvino_graph import graph_for_openvino, openvino_options
 from holov_export.signature import BUDGET, PIXEL_VALUES, QUOTA
 
-PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+PROVIDERS = ("auto", "cpu", "openvino", "cuda", "tensorrt")
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+OPENVINO = "OpenVINOExecutionProvider"
 _ERRORS_ONLY = 3
 
 #: smallest, usual and largest batch of the TensorRT provider's profile; a larger batch is run in parts
@@ -25,6 +30,7 @@ TENSORRT_BATCHES = (1, 1, 16)
 #: where the work of the graph is. Shape arithmetic belongs on the CPU: the providers leave it there on purpose
 _HEAVY = frozenset(
     {"Attention", "Conv", "FusedConv", "FusedMatMul", "Gemm", "LayerNormalization", "MatMul", "MultiHeadAttention"}
+    | {"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
 )
 
 
@@ -44,31 +50,51 @@ def session_from_bundle(bundle: Bundle, provider: str, threads: int | None) -> A
     if provider not in PROVIDERS:
         raise UnknownNameError(f"unknown provider '{provider}'.", hint=f"Known: {', '.join(PROVIDERS)}.")
     ort = require("onnxruntime")
-    wanted = {"cuda": CUDA, "tensorrt": TENSORRT}.get(provider)
-    available = ort.get_available_providers()
-    if wanted is not None and wanted not in available:
-        raise EnvironmentFaultError(
-            f"this ONNX Runtime ({ort.__version__}) has no {_NAMES[wanted]}; it has {', '.join(available)}.",
-            hint='Run: pip uninstall onnxruntime onnxruntime-genai; pip install "holov-export[gpu]". '
-            "Or choose --provider cpu.",
-        )
+    wanted = _WANTED.get(provider)
+    _refuse_absent(ort, wanted)
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
+    quantization = bundle.manifest.plan.quantization
+    if quantization is not None and quantization.engine == "tensorrt":
+        # what the Q/DQ nodes say, as TensorRT reads them; ORT's fusions round otherwise, and do not load 8-bit floats
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if wanted is None:
-        first = CUDA if provider == "auto" and CUDA in available else CPU
+        first = CUDA if provider == "auto" and CUDA in ort.get_available_providers() else CPU
+        if not exact_bytes():
+            options.add_session_config_entry("session.x64quantprecision", "1")
         return _loaded(ort, bundle, options, [first, CPU] if first == CUDA else [CPU], forgiving=first == CUDA)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     chosen: list[Any] = [CUDA, CPU]
     if wanted == TENSORRT:
         chosen = [(TENSORRT, tensorrt_options(bundle, _cache_folder(bundle))), CUDA, CPU]
+    elif wanted == OPENVINO:
+        chosen = [(OPENVINO, openvino_options(threads)), CPU]
     session = _loaded(ort, bundle, options, chosen, forgiving=False)
     _refuse_fallback(session, wanted)
     return session
 
 
-_NAMES = {CUDA: "CUDA", TENSORRT: "TensorRT"}
+_NAMES = {CUDA: "CUDA", TENSORRT: "TensorRT", OPENVINO: "OpenVINO"}
+_WANTED = {"cuda": CUDA, "tensorrt": TENSORRT, "openvino": OPENVINO}
+
+
+def _refuse_absent(ort: Any, wanted: str | None) -> None:
+    """Refuse a provider that this ONNX Runtime was built without.
+
+    Raises:
+        EnvironmentFaultError: with the pip line of the wheel that has it.
+    """
+    available = ort.get_available_providers()
+    if wanted is None or wanted in available:
+        return
+    # the wheels share one import directory, so a second one overwrites the first
+    other = "onnxruntime-openvino" if wanted == OPENVINO else '"holov-export[gpu]"'
+    raise EnvironmentFaultError(
+        f"this ONNX Runtime ({ort.__version__}) has no {_NAMES[wanted]}; it has {', '.join(available)}.",
+        hint=f"Run: pip uninstall onnxruntime onnxruntime-genai; pip install {other}. Or choose --provider cpu.",
+    )
 
 
 def _loaded(ort: Any, bundle: Bundle, options: Any, providers: list[Any], *, forgiving: bool) -> Any:
@@ -76,14 +102,34 @@ def _loaded(ort: Any, bundle: Bundle, options: Any, providers: list[Any], *, for
 
     ONNX Runtime's own fallback prints to stdout, so it is off, and done here.
     """
+    graph: str | bytes = str(bundle.vision)
+    if OPENVINO in [item if isinstance(item, str) else item[0] for item in providers]:
+        graph = graph_for_openvino(bundle.vision)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
     try:
-        session = ort.InferenceSession(str(bundle.vision), options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions have no common base
         if forgiving:
             return _loaded(ort, bundle, options, [CPU], forgiving=False)
         raise EnvironmentFaultError(f"ONNX Runtime {ort.__version__} cannot load vision.onnx: {error}") from error
     session.disable_fallback()  # a run that fails would else be done again on the CPU, and all later ones
     return session
+
+
+def exact_bytes(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this processor multiplies uint8 by int8 exactly.
+
+    x86 processors without VNNI add pairs of such products in 16 bits, which saturate: a product of 256 terms was wrong
+    by 9 % of its largest value. ONNX Runtime then takes a slower way if it is told to.
+
+    Source: onnxruntime_session_options_config_keys.h, kOrtSessionOptionsAvx2PrecisionMode.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    try:
+        return "vnni" in cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False  # slower, but right
 
 
 def _refuse_fallback(session: Any, wanted: str) -> None:
@@ -95,11 +141,13 @@ def _refuse_fallback(session: Any, wanted: str) -> None:
     name = _NAMES[wanted]
     if session.get_providers()[0] != wanted:
         # it warns and goes on with the CPU when a CUDA or cuDNN library cannot be loaded
+        taken = "the CPU" if session.get_providers()[0] == CPU else "CUDA"
+        compare = "Install onnxruntime-openvino again"
+        if wanted != OPENVINO:
+            compare = f"Compare the {name}, CUDA and cuDNN versions with onnxruntime-gpu's"
         raise EnvironmentFaultError(
-            f"ONNX Runtime fell back to the CPU: it could not load its {name} libraries."
-            if session.get_providers()[0] == CPU
-            else f"ONNX Runtime fell back to CUDA: it could not load its {name} libraries.",
-            hint=f"Compare the {name}, CUDA and cuDNN versions with onnxruntime-gpu's, or choose --provider cpu.",
+            f"ONNX Runtime fell back to {taken}: it could not load its {name} libraries.",
+            hint=f"{compare}, or choose --provider cpu.",
         )
     assignment = getattr(session, "get_provider_graph_assignment_info", None)  # from ONNX Runtime 1.24 on
     if assignment is None:
@@ -109,11 +157,14 @@ def _refuse_fallback(session: Any, wanted: str) -> None:
     if heavy:
         raise EnvironmentFaultError(
             f"ONNX Runtime leaves {', '.join(heavy)} to the CPU: its {name} provider does not take them.",
-            hint="Choose --provider cpu, or compile the bundle for TensorRT and ask with --engine tensorrt.",
+            hint="Choose --provider cpu."
+            if wanted == OPENVINO
+            else "Choose --provider cpu, or compile the bundle for TensorRT and ask with --engine tensorrt.",
         )
     if groups and all(provider != wanted for provider, _ in groups):
         raise EnvironmentFaultError(
-            f"ONNX Runtime gives no part of the graph to its {name} provider.", hint="Choose --provider cuda."
+            f"ONNX Runtime gives no part of the graph to its {name} provider.",
+            hint=f"Choose --provider {'cpu' if wanted == OPENVINO else 'cuda'}.",
         )
 
 
