@@ -249,6 +249,7 @@ def print_previews(made: tuple[Preview, ...], folder: Path, as_json: bool) -> No
 
 _NETWORKS = {
     "strongly-typed": "strongly typed: the graph's own types",
+    "int8-flag": "INT8 and FP16 flags; what decides which tokens stay is pinned",
     "fp16-flag": "FP16 flag; what the graph computes in float32 is pinned",
     "fp32": "float32",
 }
@@ -260,7 +261,7 @@ def _print_plan(plan: CompilePlan, folder: Path) -> None:
     rows = {
         "target": plan.target,
         "network": f"{_NETWORKS[plan.network]}; opset {plan.opset}{' (lowered)' if plan.lowered else ''}",
-        "precision": f"{plan.precision.value}, TF32 {'on' if plan.tf32 else 'off'}",
+        "precision": f"{plan.precision_name}, TF32 {'on' if plan.tf32 else 'off'}",
         **{f"profile {index}": words(shape) for index, shape in enumerate(plan.profiles)},
         "workspace": f"{plan.workspace_mb} MiB",
         "optimisation level": "-" if plan.optimization_level is None else str(plan.optimization_level),
@@ -285,7 +286,7 @@ def print_engine(engine: Engine, graph: Bundle | None = None) -> None:
         "target": record.target,
         **({} if graph is None else {"method": graph.method, "sees": f"{graph.part}s"}),
         "built with": f"TensorRT {built.tensorrt}, {built.gpu} (sm_{built.sm}), {built.network}",
-        "precision": f"{record.precision.value}, opset {record.opset}",
+        "precision": f"{record.precision_name}, opset {record.opset}",
         **{f"profile {index}": words(shape) for index, shape in enumerate(record.profiles)},
         "build": f"{record.build_seconds:.1f} s",
         "layers": LAYERS if (engine.folder / LAYERS).is_file() else "no report",

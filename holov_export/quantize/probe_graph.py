@@ -6,8 +6,8 @@
 Only the branch that is asked for is computed. With all switches off the graph gives the numbers of the graph that it
 was made from, bit for bit in float32. (A float16 graph is rounded more often than by ONNX Runtime's CPU provider alone,
 which widens to float32 and leaves out what it can; so compare with the probe's own float results.) The arithmetic is
-float in both branches: values are rounded as `quantize.qdq` rounds them, and the products of rounded values are added
-up in the type of the graph.
+float in both branches: values are rounded as `quantize.qdq` or `quantize.cpu` round them, and the products of rounded
+values are added up in the type of the graph.
 
 The float weights stay in their file; the rounded ones, a quarter of them, are in the model itself. Nothing is written.
 
@@ -30,10 +30,12 @@ from holov_export.compile.lowering import opset_of
 from holov_export.errors import UsageError
 from holov_export.extras import require
 from holov_export.quantize.linears import Linear, linears_of, quantised_linears
+from holov_export.quantize.outliers import Channels
+from holov_export.quantize.probe_calibration import ProbeCalibration, probe_calibration
 from holov_export.quantize.probe_groups import ProbeGroup, groups_of
+from holov_export.quantize.probe_rounding import AROUND_ZERO, Branch, FixedScale, RowScales
 from holov_export.quantize.ranges import Ranges
 from holov_export.quantize.scales import rounded_values, scales_from_largest
-from holov_export.quantize.smooth import smoothed
 from holov_export.spec import QUANTIZED_OPSET, Quantization, QuantizedType
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 SWITCHES = "quantized"
 #: further output, int64 [products]: multiplications of each product of each linear, quantised or not
 MULTIPLICATIONS = "multiplications"
+_NONE: Channels = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,18 @@ class ProbeGraph:
 
 @dataclass(frozen=True)
 class _Activation:
-    """How an activation is rounded: names of initializers.
+    """What happens to an activation in a true branch: names of initializers, None for what does not.
 
     Attributes:
-        scale, zero: None where the scale is found at run time.
-        smooth: what its channels are multiplied by before; None for no smoothing.
+        how: its scales. smooth: what its channels are multiplied by before.
+        places, mask: of channels that are multiplied in float and not rounded (`quantize.outliers`): their indices, and
+            1 for every other channel.
     """
 
-    scale: str | None
-    zero: str | None
-    smooth: str | None
+    how: FixedScale | RowScales
+    smooth: str | None = None
+    places: str | None = None
+    mask: str | None = None
 
 
 def probe_from_graph(
@@ -84,27 +89,27 @@ def probe_from_graph(
 
     Args:
         source: a float graph. quantization: with `keep`, which has no switch.
-        ranges: of its activations; None for engine "cpu", whose ranges are found at run time.
+        ranges: of its activations. For engine "cpu", whose ranges are found at run time, only smoothing needs them.
         whole_layers: one switch a layer instead of one for each of its parts.
 
     Raises:
-        UsageError: a bfloat16 graph, or no range of an activation; a pattern of `keep` that names nothing.
+        UsageError: a bfloat16 graph, or one that is not float32 for engine "cpu"; no range of an activation; a pattern
+            of `keep` that names nothing.
     """
     model = graph_from_file(source)
     linears = linears_of(model)
     chosen = quantised_linears(linears, quantization.keep)
     groups = tuple(groups_of(linears, chosen, whole_layers=whole_layers))
-    work = _Work(model, source.parent, quantization)
+    work = _Work(
+        model, source.parent, quantization, probe_calibration(source, model, linears, chosen, quantization, ranges)
+    )
     _ready(model, work.dtype, quantization)
-    factors: dict[str, npt.NDArray[np.float32]] = {}
-    if ranges is not None and quantization.smoothing is not None:
-        ranges, factors = _smoothing(source, model, linears, chosen, ranges, quantization.smoothing)
     for place, group in enumerate(groups):
         work.add_switch(place)
         for linear in group.linears:
-            work.add_weight(linear, factors.get(linear.activations[0]))
             for activation in linear.activations:
-                work.add_activation(activation, ranges, factors.get(activation))
+                work.add_activation(activation)
+            work.add_weight(linear)
     switches = {node: place for place, group in enumerate(groups) for item in group.linears for node in item.nodes}
     work.rewire({node: item for item in chosen for node in item.nodes}, switches)
     work.count(linears)
@@ -115,7 +120,7 @@ def _ready(model: ModelProto, dtype: int, quantization: Quantization) -> None:
     """Raise the opset where that is needed; drop what was inferred, because it does not fit any more.
 
     Raises:
-        UsageError: a bfloat16 graph.
+        UsageError: a bfloat16 graph, or one that is not float32 for engine "cpu".
     """
     types = require("onnx").TensorProto
     if dtype == types.BFLOAT16:
@@ -123,32 +128,13 @@ def _ready(model: ModelProto, dtype: int, quantization: Quantization) -> None:
             "ONNX Runtime's CPU provider cannot run a bfloat16 graph.",
             hint="Measure the same model exported with --fp32 or --fp16, and use what it says here.",
         )
+    if quantization.engine == "cpu" and dtype != types.FLOAT:
+        raise UsageError("a CPU computes in float32.", hint="Measure a --fp32 bundle.")
     if quantization.type is QuantizedType.FP8 or dtype != types.FLOAT:
         for item in model.opset_import:
             if item.domain in ("", "ai.onnx"):
                 item.version = max(opset_of(model), QUANTIZED_OPSET)
     del model.graph.value_info[:]
-
-
-def _smoothing(
-    source: Path,
-    proto: ModelProto,
-    linears: Sequence[Linear],
-    chosen: Sequence[Linear],
-    ranges: Ranges,
-    alpha: float,
-) -> tuple[Ranges, dict[str, npt.NDArray[np.float32]]]:
-    """(ranges of the smoothed graph; activation -> what its channels are multiplied by, where they are at all)."""
-    after, _ = smoothed(require("onnx_ir").load(source), proto, linears, chosen, ranges, alpha)
-    factors = {}
-    for name, new in after.channels.items():
-        old = ranges.channels[name]
-        if new is not old:
-            far = np.abs(new.high) >= np.abs(new.low)  # a side that is not zero, unless the channel is dead
-            sides = (np.where(far, new.high, new.low), np.where(far, old.high, old.low))
-            live = (sides[0] != 0) & (sides[1] != 0)
-            factors[name] = np.where(live, sides[0], 1) / np.where(live, sides[1], 1)
-    return after, {name: values.astype(np.float32) for name, values in factors.items()}
 
 
 def _channel_axis(node: NodeProto) -> int:
@@ -157,57 +143,81 @@ def _channel_axis(node: NodeProto) -> int:
 
 
 class _Work:
-    """A graph that gets its switches."""
+    """A graph that gets its switches. The activations of a product are added before its weight."""
 
-    def __init__(self, model: ModelProto, folder: Path, quantization: Quantization) -> None:
+    def __init__(
+        self, model: ModelProto, folder: Path, quantization: Quantization, calibration: ProbeCalibration
+    ) -> None:
         self._onnx = require("onnx")
         self._graph: GraphProto = model.graph
         self._folder = folder
-        self._dynamic = quantization.engine == "cpu"
+        self._by_row = quantization.engine == "cpu"
         self._type = quantization.type
+        self._calibration = calibration
         self._tensors: dict[str, TensorProto] = {item.name: item for item in model.graph.initializer}
         self._activations: dict[str, _Activation] = {}
         self._nodes: list[NodeProto] = []
         self._products = {node.name: node for node in model.graph.node}
-        first = next(iter(linears_of(model)), None)
-        self.dtype: int = self._tensors[first.weight].data_type if first else self._onnx.TensorProto.FLOAT
-
-    @property
-    def _inner(self) -> int:
-        """The type of a branch's arithmetic: scales that are found at run time are float32."""
-        return int(self._onnx.TensorProto.FLOAT) if self._dynamic else self.dtype
+        self._operators = {name: node.op_type for node in model.graph.node for name in node.output}
+        linears = linears_of(model)
+        self._widths = {name: linear.rows for linear in linears for name in linear.activations}
+        self.dtype: int = self._tensors[linears[0].weight].data_type
 
     def add_switch(self, place: int) -> None:
         index = self._constant(f"{SWITCHES}.{place}.index", np.int64(place))
         self._nodes.append(self._onnx.helper.make_node("Gather", [SWITCHES, index], [f"{SWITCHES}.{place}"]))
 
-    def add_weight(self, linear: Linear, smooth: npt.NDArray[np.float32] | None) -> None:
-        """The rounded weight and its scales by output channel, as `quantize.qdq` has them."""
+    def add_weight(self, linear: Linear) -> None:
+        """The rounded weight and its scales by output channel; the rows of outliers apart, and not rounded."""
         axis = _channel_axis(self._products[linear.nodes[0]])
         values = self._onnx.numpy_helper.to_array(self._tensors[linear.weight], str(self._folder)).astype(np.float32)
+        smooth = self._calibration.factors.get(linear.activations[0])
         if smooth is not None:
             values = values / (smooth[:, None] if axis == 1 else smooth[None, :])
-        kind = self._onnx.helper.tensor_dtype_to_np_dtype(self._inner)
+        channels = self._outliers(linear)
+        if channels.size:
+            few = values.take(channels, axis=1 - axis)
+            self._constant(f"{linear.weight}.few", few if axis == 1 else few.T)
+            values = values.copy()
+            values[channels if axis == 1 else (slice(None), channels)] = 0
+        kind = self._onnx.helper.tensor_dtype_to_np_dtype(self.dtype)
         scales = scales_from_largest(np.abs(values).max(axis=1 - axis), self._type, kind)
         rounded = rounded_values(values, scales if axis == 1 else scales[:, None], self._type)
         self._constant(f"{linear.weight}.rounded", rounded)
         self._constant(f"{linear.weight}.scale", scales)
 
-    def add_activation(self, name: str, ranges: Ranges | None, smooth: npt.NDArray[np.float32] | None) -> None:
+    def _outliers(self, linear: Linear) -> Channels:
+        """Of what all products with one weight read; none where these differ."""
+        found = [self._calibration.outliers.get(name, _NONE) for name in linear.activations]
+        return found[0] if all(np.array_equal(found[0], other) for other in found) else _NONE
+
+    def add_activation(self, name: str) -> None:
         if name in self._activations:
             return
-        kind = self._onnx.helper.tensor_dtype_to_np_dtype(self._inner)
+        kind, smooth = self._onnx.helper.tensor_dtype_to_np_dtype(self.dtype), self._calibration.factors.get(name)
         factors = None if smooth is None else self._constant(f"{name}.smooth", smooth.astype(kind))
-        if self._dynamic:
-            self._activations[name] = _Activation(None, None, factors)
+        if not self._by_row:
+            self._activations[name] = _Activation(self._fixed(name, kind), factors)
             return
+        how = RowScales(around_zero=self._operators.get(name) in AROUND_ZERO)
+        channels = self._calibration.outliers.get(name, _NONE)
+        if not channels.size:
+            self._activations[name] = _Activation(how, factors)
+            return
+        others = np.ones(self._widths[name], np.float32)
+        others[channels] = 0
+        places, mask = self._constant(f"{name}.places", channels), self._constant(f"{name}.mask", others)
+        self._activations[name] = _Activation(how, factors, places, mask)
+
+    def _fixed(self, name: str, kind: npt.DTypeLike) -> FixedScale:
+        ranges = self._calibration.ranges
         found = None if ranges is None else ranges.record.tensors.get(name)
         if found is None:
             raise UsageError(f"the calibration has no range of '{name}'.", hint="Calibrate this graph again.")
         largest = max(abs(found.low), abs(found.high))
         scale = self._constant(f"{name}.scale", scales_from_largest(largest, self._type, kind))
         zero = self._constant(f"{self._type.value}.zero", rounded_values(np.zeros(1), np.ones(1), self._type)[0])
-        self._activations[name] = _Activation(scale, zero, factors)
+        return FixedScale(scale, zero)
 
     def rewire(self, linears: dict[str, Linear], switches: dict[str, int]) -> None:
         """Put an If in the place of each product; the switches' own nodes come first."""
@@ -246,33 +256,22 @@ class _Work:
 
     def _rounded(self, node: NodeProto, linear: Linear) -> list[NodeProto]:
         """The product of the rounded activation and the rounded weight."""
-        make, stem = self._onnx.helper.make_node, node.output[0]
-        how = self._activations[node.input[0]]
-        nodes, value = [], node.input[0]
-
-        def add(operator: str, inputs: list[str], *outputs: str, **attributes: Any) -> str:
-            names = [f"{stem}.{output}" for output in outputs]
-            nodes.append(make(operator, inputs, names, name=f"{node.name}/{outputs[0]}", **attributes))
-            return names[0]
-
-        casts = self._inner != self.dtype
-        if casts:
-            value = add("Cast", [value], "widened", to=self._inner)
-        if how.smooth is not None:
-            value = add("Mul", [value, how.smooth], "smoothed")
-        if how.scale is None or how.zero is None:
-            value = add("DynamicQuantizeLinear", [value], "quantized", "quantized.scale", "quantized.zero")
-            value = add("DequantizeLinear", [value, f"{value}.scale", f"{value}.zero"], "dequantized")
-        else:
-            value = add("QuantizeLinear", [value, how.scale, how.zero], "quantized")
-            value = add("DequantizeLinear", [value, how.scale, how.zero], "dequantized")
+        what, branch = self._activations[node.input[0]], Branch(self._onnx, node, self._constant)
+        value = node.input[0]
+        if what.smooth is not None:
+            value = branch.add("Mul", [value, what.smooth], "smoothed")
+        whole, apart = value, what.mask is not None and what.places is not None and self._outliers(linear).size > 0
+        if apart:
+            value = branch.add("Mul", [value, str(what.mask)], "others")
+        value = branch.rounded(value, what.how)
         weight = [f"{linear.weight}.rounded", f"{linear.weight}.scale"]
-        factor = add("DequantizeLinear", weight, "weight", axis=_channel_axis(node))
-        bias = [add("Cast", [item], "bias", to=self._inner) if casts else item for item in node.input[2:]]
-        nodes.append(self._copy(node, [value, factor, *bias], "wide" if casts else "rounded"))
-        if casts:
-            add("Cast", [f"{stem}.wide"], "rounded", to=self.dtype)
-        return nodes
+        factor = branch.add("DequantizeLinear", weight, "weight", {"axis": _channel_axis(node)})
+        branch.nodes.append(self._copy(node, [value, factor, *node.input[2:]], "most" if apart else "rounded"))
+        if apart:
+            few = branch.add("Gather", [whole, str(what.places)], "outliers", {"axis": -1})
+            few = branch.add("MatMul", [few, f"{linear.weight}.few"], "few")
+            branch.add("Add", [f"{node.output[0]}.most", few], "rounded")
+        return branch.nodes
 
     def count(self, linears: Sequence[Linear]) -> None:
         """An output that says how many multiplications each product costs: elements that come out times rows."""

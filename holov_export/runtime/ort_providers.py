@@ -21,6 +21,8 @@ from holov_export.runtime.openvino_graph import graph_for_openvino, openvino_opt
 from holov_export.signature import BUDGET, PIXEL_VALUES, QUOTA
 
 PROVIDERS = ("auto", "cpu", "openvino", "cuda", "tensorrt")
+#: of the vision graph alone: decoders have none
+VISION_ONLY = frozenset({"openvino", "tensorrt"})
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 OPENVINO = "OpenVINOExecutionProvider"
 _ERRORS_ONLY = 3
@@ -32,6 +34,11 @@ _HEAVY = frozenset(
     {"Attention", "Conv", "FusedConv", "FusedMatMul", "Gemm", "LayerNormalization", "MatMul", "MultiHeadAttention"}
     | {"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
 )
+
+
+def decoder_provider(provider: str) -> str:
+    """Where a decoder runs whose vision graph runs with `provider`."""
+    return "auto" if provider in VISION_ONLY else provider
 
 
 def session_from_bundle(bundle: Bundle, provider: str, threads: int | None) -> Any:
