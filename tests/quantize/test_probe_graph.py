@@ -19,6 +19,7 @@ from PIL import Image
 from holov_export.bundle import Bundle
 from holov_export.errors import UsageError
 from holov_export.export.onnx_from_graph import onnx_from_graph, save_vision
+from holov_export.quantize.cpu import write_quantized_cpu
 from holov_export.quantize.linears import Linear, linears_of, matches
 from holov_export.quantize.probe_graph import MULTIPLICATIONS, SWITCHES, ProbeGraph, probe_from_graph
 from holov_export.quantize.probe_groups import groups_of, patterns_of
@@ -128,6 +129,20 @@ def test_all_on_is_the_quantised_graph(
 
 @pytest.mark.parametrize("smoothing", [None, 0.5])
 @pytest.mark.parametrize("name", ["layers.0.mlp", "layers.1.self_attn", "layers.2.self_attn", "multi_modal_projector"])
+def test_one_group_on_is_a_graph_for_cpus_with_that_group_quantised(
+    tiny: Float, tmp_path: Path, name: str, smoothing: float | None
+) -> None:
+    wanted = CPU.model_copy(update={"smoothing": smoothing})
+    probe = probe_from_graph(tiny.graph, wanted, tiny.ranges)
+    others = tuple(group for group in _names(probe) if group != name)
+    alone = wanted.model_copy(update={"keep": others})
+    write_quantized_cpu(tiny.graph, tmp_path / "q.onnx", alone, tiny.ranges)
+    quantized, exact = run(tmp_path / "q.onnx", tiny.feed), run(tiny.graph, tiny.feed)
+    _same_effect(_probed(probe, tiny.feed, {name}), quantized, exact, 0.1)
+
+
+@pytest.mark.parametrize("smoothing", [None, 0.5])
+@pytest.mark.parametrize("name", ["layers.0.mlp", "layers.1.self_attn", "layers.2.self_attn", "multi_modal_projector"])
 def test_one_group_on_is_a_graph_with_that_group_quantised(
     tiny: Float, tmp_path: Path, name: str, smoothing: float | None
 ) -> None:
@@ -159,8 +174,8 @@ def test_half_precision_graphs_run(
     half = replace(exported_bundle, manifest=exported_bundle.manifest.model_copy(update={"plan": plan}))
     feed = feed_of(half, photographs[:1], 20)
     ranges = ranges_of(graph, [feed])
-    for quantization, scales in ((INT8, ranges), (FP8, ranges), (CPU, None)):
-        probe = probe_from_graph(graph, quantization, scales)
+    for quantization in (INT8, FP8):
+        probe = probe_from_graph(graph, quantization, ranges)
         # not bit for bit: ONNX Runtime leaves out roundings to float16 where two of its float32 operators meet
         off, plain = _probed(probe, feed, ()), run(graph, feed, optimised=True)
         assert max(_token_distance(off, plain), _saliency_distance(off, plain)) < 5e-3
@@ -212,21 +227,53 @@ def test_rounds_as_one_would_by_hand(tmp_path: Path) -> None:
     np.testing.assert_allclose(_probed(probe, {"x": values}, (), ("y",))[0], values @ weight, rtol=1e-5, atol=1e-6)
 
 
-def test_cpu_form_takes_the_range_of_the_run(tmp_path: Path) -> None:
+def test_cpu_form_rounds_by_row(tmp_path: Path) -> None:
+    """The product reads the graph's input, which need not lie around zero: 255 steps between the ends of each row."""
     graph, _, values, weight = _toy(tmp_path)
     (on,) = _probed(probe_from_graph(graph, CPU, None), {"x": values}, {"part"}, ("y",))
-    low, high = min(values.min(), 0), max(values.max(), 0)
+    low, high = np.minimum(values.min(1, keepdims=True), 0), np.maximum(values.max(1, keepdims=True), 0)
     scale = (high - low) / np.float32(255)
     zero = np.rint(-low / scale)
     rounded = (np.clip(np.rint(values / scale) + zero, 0, 255) - zero) * scale
     np.testing.assert_allclose(on, rounded @ _by_hand(weight, np.abs(weight).max(0) / np.float32(127)), atol=1e-5)
 
 
-@pytest.mark.parametrize("quantization", [INT8, FP8, CPU], ids=["int8", "fp8", "cpu"])
+def test_cpu_form_leaves_outliers_of_a_norm_out(tmp_path: Path) -> None:
+    draw, width = np.random.default_rng(5), 32
+    gain = np.ones(width)
+    gain[[3, 20]] = 40.0
+    weights = {"gain": gain, "part.lin.weight": draw.normal(0, 1, (width, 6))}
+    nodes = [
+        helper.make_node("LayerNormalization", ["x", "gain"], ["n"], name="norm"),
+        helper.make_node("MatMul", ["n", "part.lin.weight"], ["y"], name="product"),
+    ]
+    graph = write_toy(tmp_path / "toy.onnx", nodes, weights, inputs=(("x", ("rows", width)),))
+    feed: Feed = {"x": draw.normal(0, 1, (7, width)).astype(np.float32)}
+    probe = probe_from_graph(graph, CPU, None)
+    (on,), (off,) = (_probed(probe, feed, names, ("y",)) for names in ({"part"}, ()))
+    error = np.abs(on - off).max()
+    assert 0 < error < 0.2
+    write_quantized_cpu(graph, tmp_path / "q.onnx", CPU)
+    (quantized,) = run(tmp_path / "q.onnx", feed, ("y",))
+    np.testing.assert_allclose(on, quantized, atol=1e-4)
+    with_outliers = np.abs(_rows_rounded(run(graph, feed, ("y",))[0], feed, weights) - off).max()
+    assert with_outliers > 5 * error
+
+
+def _rows_rounded(exact: Array, feed: Feed, weights: dict[str, Array]) -> Array:
+    """The product of rows that are rounded with their outliers."""
+    x = feed["x"].astype(np.float64)
+    norm = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5) * weights["gain"]
+    np.testing.assert_allclose(norm @ weights["part.lin.weight"], exact, atol=1e-3)
+    scale = np.abs(norm).max(1, keepdims=True) / 127
+    return np.rint(norm / scale) * scale @ weights["part.lin.weight"]
+
+
+@pytest.mark.parametrize("quantization", [INT8, FP8], ids=["int8", "fp8"])
 def test_half_precision_stays_half(tmp_path: Path, quantization: Quantization) -> None:
     graph, ranges, values, weight = _toy(tmp_path, TensorProto.FLOAT16)
     values = np.clip(values, -4, 1).astype(np.float16)
-    probe = probe_from_graph(graph, quantization, None if quantization is CPU else ranges)
+    probe = probe_from_graph(graph, quantization, ranges)
     (on,), (off,) = (_probed(probe, {"x": values}, names, ("y",)) for names in ({"part"}, ()))
     assert on.dtype == off.dtype == np.float16
     np.testing.assert_allclose(off, values.astype(np.float32) @ weight, atol=2e-2)
@@ -249,6 +296,9 @@ def test_refuses_what_cannot_be_probed(tmp_path: Path) -> None:
         probe_from_graph(graph, INT8, Ranges(ranges.record.model_copy(update={"tensors": {}}), {}))
     with pytest.raises(UsageError, match="names no product"):
         probe_from_graph(graph, INT8.model_copy(update={"keep": ("nobody",)}), ranges)
+    graph, ranges, _, _ = _toy(tmp_path, TensorProto.FLOAT16)
+    with pytest.raises(UsageError, match="a CPU computes in float32"):
+        probe_from_graph(graph, CPU, None)
     graph, ranges, _, _ = _toy(tmp_path, TensorProto.BFLOAT16)
     with pytest.raises(UsageError, match="bfloat16"):
         probe_from_graph(graph, INT8, ranges)

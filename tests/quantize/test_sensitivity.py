@@ -123,6 +123,9 @@ def test_a_fragile_layer_comes_first(fragile: Bundle, pictures: tuple[NamedPictu
     assert not by_kept[()].met
     assert by_kept["layers.1.mlp",].saliency_error < 0.5 * by_kept[()].saliency_error  # type: ignore[operator]
     assert by_kept["layers.1.mlp",].share > by_kept[()].share
+    for point in found.curve:
+        assert point.met == (point.overlap >= 0.75 and point.cosine >= 0.99)  # type: ignore[operator]
+    assert by_kept[()].cosine < by_kept["layers.1.mlp",].cosine < 1  # type: ignore[operator]
 
 
 def test_what_is_proposed_is_within_the_limits_of_the_gate(

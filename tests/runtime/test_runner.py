@@ -156,7 +156,7 @@ def test_session_is_reused(toy_bundle: Bundle, pixels: PixelBatch, monkeypatch: 
 
 
 def test_unknown_provider(toy_bundle: Bundle) -> None:
-    with pytest.raises(UnknownNameError, match=r"'tpu'.*auto, cpu, cuda, tensorrt"):
+    with pytest.raises(UnknownNameError, match=r"'tpu'.*auto, cpu, openvino, cuda, tensorrt"):
         OrtRunner(toy_bundle, provider="tpu")
 
 
