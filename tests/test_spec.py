@@ -14,6 +14,7 @@ from holov_export.policies import (
     FeatureSource,
     HolovPaperPolicy,
     HolovPolicy,
+    NoSelection,
     policy_from_settings,
 )
 from holov_export.signature import INPUTS, OUTPUTS, vision_signature
@@ -135,7 +136,7 @@ class TestPolicies:
 
     @given(st.text())
     def test_any_text_as_a_method_is_a_policy_or_refused(self, method: str) -> None:
-        if method in POLICIES:
+        if method in (*POLICIES, NoSelection().method):  # of a baseline, and no name that a user may give
             policy_from_settings(method)
         else:
             with pytest.raises(ValidationError):
