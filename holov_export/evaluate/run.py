@@ -20,6 +20,7 @@ from holov_export.evaluate.journal import Journal, JournalEntry, JournalHeader
 from holov_export.evaluate.plan import Cell, Plan
 from holov_export.runtime.decoder import Decoder
 from holov_export.runtime.decoder_choice import DecoderOptions, decoder_maker, embedded_decoder
+from holov_export.runtime.ort_providers import decoder_provider
 from holov_export.runtime.preprocess import pixels_from_pictures
 from holov_export.runtime.runner import Runner
 from holov_export.runtime.runner_choice import runner_from_bundle
@@ -61,7 +62,7 @@ class AskSettings:
     @property
     def decoder_provider(self) -> str:
         """The TensorRT provider is one for the vision graph; decoders have none."""
-        return "auto" if self.provider == "tensorrt" else self.provider
+        return decoder_provider(self.provider)
 
     def back_end(self, bundle: Bundle) -> str:
         """What decodes: "genai", "ort" or "hf".

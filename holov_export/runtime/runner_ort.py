@@ -15,7 +15,7 @@ import numpy as np
 from holov_export.bundle import Bundle
 from holov_export.errors import BundleError, EnvironmentFaultError, ImageError
 from holov_export.extras import require
-from holov_export.runtime.ort_providers import CUDA, TENSORRT, TENSORRT_BATCHES, session_from_bundle
+from holov_export.runtime.ort_providers import CUDA, OPENVINO, TENSORRT, TENSORRT_BATCHES, session_from_bundle
 from holov_export.runtime.packing import NamedArray, PackedInputs, Spread, packed_inputs, pictures_from_rows
 from holov_export.runtime.runner import checked_budget, joined, quota_array
 from holov_export.signature import BUDGET, COUNTS, OUTPUTS, PIXEL_VALUES, POSITIONS, QUOTA, SALIENCY
@@ -93,7 +93,7 @@ class OrtRunner:
         self._row_shape = tuple(int(size) for size in pixels.shape[1:])
         self.tokens = self._plan.tokens
         self._largest = TENSORRT_BATCHES[-1] if provider == "tensorrt" else None
-        device = {CUDA: "cuda", TENSORRT: "tensorrt"}.get(self._session.get_providers()[0], "cpu")
+        device = {CUDA: "cuda", TENSORRT: "tensorrt", OPENVINO: "openvino"}.get(self._session.get_providers()[0], "cpu")
         self.name = f"onnxruntime {require('onnxruntime').__version__} ({device})"
 
     def run(

@@ -21,6 +21,7 @@ from holov_export.runtime.answer_stream import AnswerStream, EarlierStages
 from holov_export.runtime.decoder import Decoder, check_sampling
 from holov_export.runtime.decoder_choice import DecoderOptions, decoder_maker
 from holov_export.runtime.media import Media, MediaBatch, Part, PreparedMedia, Seen, media_from_groups, regions_of
+from holov_export.runtime.ort_providers import decoder_provider
 from holov_export.runtime.packing import Spread
 from holov_export.runtime.preprocess import ImageSource
 from holov_export.runtime.preprocess_video import VideoSource
@@ -117,7 +118,7 @@ class Session:
         # the TensorRT provider is one for the vision graph; decoders have none
         options = replace(
             decoder_options or DecoderOptions(),
-            provider="auto" if provider == "tensorrt" else provider,
+            provider=decoder_provider(provider),
             threads=threads,
             verify=verify,
             checkpoint=None if checkpoint is None else Path(checkpoint),

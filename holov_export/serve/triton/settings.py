@@ -14,6 +14,7 @@ from holov_export.bundle import Bundle, open_bundle
 from holov_export.errors import UsageError
 from holov_export.policies import Frozen
 from holov_export.runtime.decoder_choice import DecoderOptions, decoder_maker
+from holov_export.runtime.ort_providers import decoder_provider
 from holov_export.runtime.session import Session
 from holov_export.serve.limits import Limits
 
@@ -78,7 +79,7 @@ class ModelSettings(Frozen):
     def decoder_options(self) -> DecoderOptions:
         """What the decoder is loaded with; a server's key is in the environment, not in the repository."""
         return DecoderOptions(
-            provider="auto" if self.provider == "tensorrt" else self.provider,
+            provider=decoder_provider(self.provider),
             threads=self.threads,
             checkpoint=None if self.checkpoint is None else Path(self.checkpoint),
             folder=None if self.decoder_folder is None else Path(self.decoder_folder),
