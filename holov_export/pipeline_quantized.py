@@ -16,6 +16,7 @@ from holov_export.bundle import (
     Bundle,
     atomic_folder,
     check_target,
+    labelled_file,
     write_manifest,
 )
 from holov_export.compile.compilation import CompileOptions
@@ -52,12 +53,12 @@ from holov_export.request import (
     quantization_from_request,
     usual_name,
 )
-from holov_export.spec import ExportPlan, Quantization, opset_of
+from holov_export.spec import ExportPlan, Precision, Quantization, opset_of
 from holov_export.targets import EngineTarget
 from holov_export.verify.parity import ParityReport
 
-#: names of the reports that a quantisation writes
-PRECISION, RANGES = "precision.json", "ranges.json"
+#: reports that a quantisation writes: the name of one, and the stem of the other, of which a graph has one of its own
+PRECISION, RANGES = "precision.json", "ranges"
 #: where an export keeps the graphs that it quantises, inside the folder that it writes
 _FLOAT = ".float"
 
@@ -203,7 +204,7 @@ def _quantized_into(
         summaries.append(_write_graph(view, work, quantization, ranges.get(view.label)))
     (work / REPORTS).mkdir(exist_ok=True)
     for label, each in ranges.items():
-        write_report(each.record, report_file_of(RANGES, label), work)
+        write_report(each.record, labelled_file(label, RANGES, ".json"), work)
     for view in made.views:
         write_report(readiness_of(view.vision), report_file(READINESS, view), work)
     _bring_the_rest(source, work, take)
@@ -285,8 +286,10 @@ def _judged(
         order.tell(f"compare with the graph before on {len(order.pictures.judge)} other pictures ({after.title})")
         reports.append(_report(order, before, after, summary))
     failed = [report for report in reports if not report.passed]
-    if failed and not order.request.accept_loss and AUTO not in order.request.keep:
-        plan = made.manifest.plan
+    plan = made.manifest.plan
+    # a sweep runs the graph on a CPU, which has no bfloat16
+    swept_here = AUTO not in order.request.keep and plan.precision is not Precision.BF16
+    if failed and not order.request.accept_loss and swept_here:
         assert plan.quantization is not None
         found = _sensitivity(order, plan.quantization, ranges)
         reports = [report.with_keep(found.keep) for report in reports]
@@ -323,12 +326,6 @@ def _report(order: _Order, before: Bundle, after: Bundle, summary: QuantizedSumm
         return report.with_answers(None, reason)
     order.tell(f"compare the answers to {len(questions.questions)} questions")
     return report.with_answers(kept_answers(before, after, questions, AskSettings(provider="cpu")))
-
-
-def report_file_of(name: str, label: str) -> str:
-    """Name of a graph's report by the graph's label: "ranges.json", "ranges-scope.json"."""
-    stem, ending = name.split(".")
-    return f"{stem}-{label}.{ending}" if label else name
 
 
 def _bring_the_rest(source: Bundle, work: Path, take: Callable[[Path, Path], object]) -> None:

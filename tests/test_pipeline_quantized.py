@@ -77,7 +77,7 @@ def test_a_quantised_bundle_is_a_bundle(source: Bundle, pictures: Path, tmp_path
     report = PrecisionReport.model_validate_json((opened.folder / REPORTS / PRECISION).read_text())
     assert report == made.reports[0]
     assert len(report.pictures) == 2
-    assert (opened.folder / REPORTS / RANGES).is_file()
+    assert (opened.folder / REPORTS / f"{RANGES}.json").is_file()
     assert {item.kind for item in opened.manifest.artifacts} == {"vision", "weights", "tokenizer", "report"}
     assert before == {item.path: item.sha256 for item in open_bundle(source.folder).manifest.artifacts}
 

@@ -38,7 +38,7 @@ from holov_export.quantize.ranges import Ranges
 from holov_export.quantize.scales import rounded_values, scales_from_largest
 from holov_export.quantize.smooth import smoothed
 from holov_export.quantize.summary import QuantizedSummary
-from holov_export.quantize.weights import save_with_weights
+from holov_export.quantize.weights import bytes_of, save_with_weights
 from holov_export.spec import Quantization, QuantizedType
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 
 _DOMAIN = "com.microsoft"
 #: of a row that is all zero
-_SMALLEST_SCALE = 1e-12
+SMALLEST_SCALE = 1e-12
 #: what gives values that lie around zero; other rows get a zero point of their own
-_AROUND_ZERO = ("LayerNormalization", "RMSNormalization", "Reshape", "Transpose")
+AROUND_ZERO = ("LayerNormalization", "RMSNormalization", "Reshape", "Transpose")
 
 
 def write_quantized_cpu(
@@ -73,7 +73,7 @@ def write_quantized_cpu(
     linears = linears_of(proto)
     chosen = quantised_linears(linears, quantization.keep)
     model = ir.load(source)
-    before = _bytes_of(model)
+    before = bytes_of(model)
     names: tuple[str, ...] = ()
     if quantization.smoothing is not None and ranges is not None:
         _, names = smoothed(model, proto, linears, chosen, ranges, quantization.smoothing)
@@ -81,7 +81,7 @@ def write_quantized_cpu(
     for linear in chosen:
         writing.replace(linear)
     model.opset_imports[_DOMAIN] = 1
-    after = _bytes_of(model)
+    after = bytes_of(model)
     files = save_with_weights(model, target, share)
     return QuantizedSummary(
         quantized=tuple(linear.name for linear in chosen),
@@ -192,7 +192,7 @@ class _Writing:
         axis, flat_axis = self._constant("cpu.last", np.array([-1], np.int64)), np.array([-1, width], np.int64)
         flat = self._node(node, "Reshape", [x, self._constant(f"cpu.flat.{width}", flat_axis)], f"{name}/Flat")
         shape = self._node(node, "Shape", [x], f"{name}/Shape")
-        around_zero = producer is not None and producer.op_type in _AROUND_ZERO
+        around_zero = producer is not None and producer.op_type in AROUND_ZERO
         scale, zero = (self._symmetric if around_zero else self._affine)(node, x, name, axis)
         flat_scale = self._node(node, "Reshape", [scale, axis], f"{name}/Scales")
         points = self._node(node, "Reshape", [zero, axis], f"{name}/Zeros") if zero is not None else None
@@ -227,7 +227,7 @@ class _Writing:
         step = self._constant(f"cpu.step.{steps}", np.float32(1 / steps))
         scale = self._node(node, "Mul", [span, step], f"{name}/Step")
         return self._node(
-            node, "Max", [scale, self._constant("cpu.smallest", np.float32(_SMALLEST_SCALE))], f"{name}/Scale"
+            node, "Max", [scale, self._constant("cpu.smallest", np.float32(SMALLEST_SCALE))], f"{name}/Scale"
         )
 
     def _weight(self, linear: Linear, transposed: bool, channels: Channels) -> _Weight:
@@ -301,8 +301,3 @@ def _transposed(node: ir.Node) -> bool:
 
 def _uint8() -> int:
     return int(require("onnx_ir").DataType.UINT8)
-
-
-def _bytes_of(model: ir.Model) -> int:
-    tensors = [value.const_value for value in model.graph.initializers.values()]
-    return sum(int(tensor.nbytes) for tensor in tensors if tensor is not None)

@@ -29,11 +29,12 @@ from holov_export.compile.graph_file import graph_from_file
 from holov_export.compile.lowering import opset_of
 from holov_export.errors import UsageError
 from holov_export.extras import require
+from holov_export.quantize.cpu import AROUND_ZERO
 from holov_export.quantize.linears import Linear, linears_of, quantised_linears
 from holov_export.quantize.outliers import Channels
 from holov_export.quantize.probe_calibration import ProbeCalibration, probe_calibration
 from holov_export.quantize.probe_groups import ProbeGroup, groups_of
-from holov_export.quantize.probe_rounding import AROUND_ZERO, Branch, FixedScale, RowScales
+from holov_export.quantize.probe_rounding import Branch, FixedScale, RowScales
 from holov_export.quantize.ranges import Ranges
 from holov_export.quantize.scales import rounded_values, scales_from_largest
 from holov_export.spec import QUANTIZED_OPSET, Quantization, QuantizedType

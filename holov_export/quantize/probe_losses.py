@@ -20,11 +20,7 @@ from holov_export.quantize.probe_runner import ProbeRunner
 from holov_export.spec import ExportPlan
 from holov_export.tensors import PixelBatch, VisualTokens
 from holov_export.verify.backends import gathered, tokens_from_reference
-from holov_export.verify.parity import Tolerance, compare
-from holov_export.verify.vision_loss import PictureLoss
-
-#: refuses only what is never right: numbers that are not finite, other counts, padding that is not empty
-_SOUND = Tolerance(tokens=math.inf, saliency=math.inf, overlap=0.0)
+from holov_export.verify.vision_loss import PictureLoss, loss_of_picture
 
 
 @dataclass(frozen=True)
@@ -107,26 +103,9 @@ def seen_with(
 def losses_between(picture: ProbePicture, after: Sequence[VisualTokens]) -> list[PictureLoss]:
     """At each quota."""
     return [
-        _loss(picture, quota, left, right)
+        loss_of_picture(picture.name, picture.tokens, quota, left, right)
         for quota, left, right in zip(picture.quotas, picture.before, after, strict=True)
     ]
-
-
-def _loss(picture: ProbePicture, quota: int, before: VisualTokens, after: VisualTokens) -> PictureLoss:
-    found = compare(before, after, names=("before", "after"), budget=quota, tolerance=_SOUND)
-    largest = 0.0 if before.saliency is None else float(before.saliency.max())
-    error = None if found.saliency_error is None or largest <= 0 else found.saliency_error / largest
-    return PictureLoss(
-        picture=picture.name,
-        tokens=picture.tokens,
-        budget=quota,
-        count=int(before.counts[0]),
-        overlap=found.overlap,
-        cosine_min=_finite(found.token_cosine),
-        cosine_mean=None,
-        saliency_error=None if error is None else _finite(error),
-        sound=found.passed,
-    )
 
 
 def saliency_distance(picture: ProbePicture, after: Sequence[VisualTokens]) -> float | None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from holov_export.quantize.cpu import SMALLEST_SCALE
+
 if TYPE_CHECKING:
     from types import ModuleType
 
@@ -18,10 +20,6 @@ if TYPE_CHECKING:
 
 #: adds an initializer of that name, once, and returns the name
 Constant = Callable[[str, Any], str]
-#: of a row that is all zero; as in `quantize.cpu`
-_SMALLEST_SCALE = 1e-12
-#: operators whose rows lie around zero; others get the second form of `RowScales`. As in `quantize.cpu`
-AROUND_ZERO = ("LayerNormalization", "RMSNormalization", "Reshape", "Transpose")
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Branch:
 
     def _scale(self, span: str, steps: int) -> str:
         scale = self.add("Mul", [span, self._number(1 / steps)], "step")
-        return self.add("Max", [scale, self._number(_SMALLEST_SCALE)], "scale")
+        return self.add("Max", [scale, self._number(SMALLEST_SCALE)], "scale")
 
     def _between(self, value: str, low: int, high: int) -> str:
         return self.add("Clip", [value, self._number(low), self._number(high)], "saturated")

@@ -42,7 +42,7 @@ from holov_export.quantize.ranges import Ranges, TensorRange
 from holov_export.quantize.scales import rounded_values, scales_from_largest
 from holov_export.quantize.smooth import smoothed
 from holov_export.quantize.summary import QuantizedSummary
-from holov_export.quantize.weights import save_with_weights
+from holov_export.quantize.weights import bytes_of, save_with_weights
 from holov_export.spec import QUANTIZED_OPSET, Quantization, QuantizedType
 
 if TYPE_CHECKING:
@@ -82,13 +82,13 @@ def write_quantized(
     _refuse_quantized(model)
     chosen = quantised_linears(linears, quantization.keep)
     names: tuple[str, ...] = ()
-    before = _bytes_of(model)
+    before = bytes_of(model)
     if quantization.smoothing is not None:
         ranges, names = smoothed(model, proto, linears, chosen, ranges, quantization.smoothing)
     placement = _Placement(model, quantization.type)
     placement.place(chosen, ranges)
     _raise_opset(model, _opset_for(model, placement.dtype, quantization.type))
-    after = _bytes_of(model)
+    after = bytes_of(model)
     files = save_with_weights(model, target, share)
     return QuantizedSummary(
         quantized=tuple(linear.name for linear in chosen),
@@ -245,8 +245,3 @@ def _raise_opset(model: ir.Model, opset: int) -> None:
         if defs.get_schema(node.op_type, opset, "").since_version > now:
             raise UsageError(f"opset {opset} changed {node.op_type} ('{node.name}'), so the graph cannot be raised.")
     model.opset_imports[""] = opset
-
-
-def _bytes_of(model: ir.Model) -> int:
-    tensors = [value.const_value for value in model.graph.initializers.values()]
-    return sum(int(tensor.nbytes) for tensor in tensors if tensor is not None)

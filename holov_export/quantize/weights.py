@@ -48,6 +48,11 @@ def save_with_weights(model: ir.Model, target: Path, share: Path | None) -> tupl
     return files
 
 
+def bytes_of(model: ir.Model) -> int:
+    """Of all its weights, wherever they lie."""
+    return sum(_bytes(value) for value in model.graph.initializers.values() if value.const_value is not None)
+
+
 def _bytes(value: ir.Value) -> int:
     assert value.const_value is not None
     return int(value.const_value.nbytes)

@@ -185,23 +185,27 @@ def tokens_of(size: Size, tokens: int) -> int:
 
 def _losses(case: _Case, before: VisualTokens, after: VisualTokens) -> Iterator[PictureLoss]:
     for image, name in enumerate(case.names):
-        left, right = _only(before, image), _only(after, image)
-        found = compare(left, right, names=("before", "after"), budget=case.quota[image], tolerance=_SOUND)
-        with np.errstate(invalid="ignore", over="ignore"):  # infinities are judged by `sound`
-            cosines = _cosines(left, right)
-        largest = 0.0 if left.saliency is None else float(left.saliency.max())
-        error = None if found.saliency_error is None or largest <= 0 else found.saliency_error / largest
-        yield PictureLoss(
-            picture=name,
-            tokens=case.tokens[image],
-            budget=case.quota[image],
-            count=int(left.counts[0]),
-            overlap=found.overlap,
-            cosine_min=_finite(found.token_cosine) if cosines.size else None,
-            cosine_mean=_finite(float(cosines.mean())) if cosines.size else None,
-            saliency_error=_finite(error),
-            sound=found.passed,
-        )
+        yield loss_of_picture(name, case.tokens[image], case.quota[image], _only(before, image), _only(after, image))
+
+
+def loss_of_picture(name: str, tokens: int, budget: int, before: VisualTokens, after: VisualTokens) -> PictureLoss:
+    """What one picture of `tokens` tokens lost at one budget; both sides are batches of one."""
+    found = compare(before, after, names=("before", "after"), budget=budget, tolerance=_SOUND)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities are judged by `sound`
+        cosines = _cosines(before, after)
+    largest = 0.0 if before.saliency is None else float(before.saliency.max())
+    error = None if found.saliency_error is None or largest <= 0 else found.saliency_error / largest
+    return PictureLoss(
+        picture=name,
+        tokens=tokens,
+        budget=budget,
+        count=int(before.counts[0]),
+        overlap=found.overlap,
+        cosine_min=_finite(found.token_cosine) if cosines.size else None,
+        cosine_mean=_finite(float(cosines.mean())) if cosines.size else None,
+        saliency_error=_finite(error),
+        sound=found.passed,
+    )
 
 
 def _only(seen: VisualTokens, image: int) -> VisualTokens:
