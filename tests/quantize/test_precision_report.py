@@ -97,7 +97,7 @@ CPU = INT8.model_copy(update={"engine": "cpu"})
 class TestOfGraphs:
     @pytest.fixture
     def quantized(self, exported_bundle: Bundle, tmp_path: Path) -> Bundle:
-        # ONNX Runtime runs Q/DQ graphs with fewer optimisations, which rounds otherwise; this one runs as the one before
+        # ONNX Runtime runs Q/DQ graphs with fewer optimisations, which rounds otherwise; this one runs as before
         return changed(exported_bundle, tmp_path / "int8", lambda name, values: values, quantization=CPU)
 
     def test_nothing_lost(self, exported_bundle: Bundle, quantized: Bundle, pictures: Named) -> None:
