@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,9 @@ from holov_export.errors import BundleError, CheckpointError, ParityError
 from holov_export.evaluate.kept_answers import answers_of, kept_from_answers, obstacle_of, questions_at_hand
 from holov_export.evaluate.run import AskSettings
 from holov_export.extras import is_installed, require
-from holov_export.request import ExportRequest, plan_from_request
+from holov_export.quantize.decoder_cache import cache_ranges, write_scales
+from holov_export.recipes import NamedPicture, pictures_of, recipe_from_name
+from holov_export.request import CacheRequest, ExportRequest, plan_from_request
 from holov_export.spec import DecoderPrecision, ExportPlan
 from holov_export.targets import EngineTarget
 from holov_export.verify.answers import compare_decoder, too_large
@@ -54,6 +57,7 @@ Tell = Callable[[str], None]
 
 #: names of the reports that an export writes
 PARITY, READINESS, DECODER_ANSWERS = "parity.json", "readiness.json", "decoder.json"
+CACHE_RANGES = "decoder-kv-cache.json"
 
 #: distributions whose versions go into a manifest
 _RECORDED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
@@ -73,6 +77,7 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
         HolovExportError: see `errors`; ParityError if the exported graph differs from torch or the reference.
     """
     _require_packages(request)
+    pictures = _cache_pictures(request)
     tell("resolve the checkpoint")
     plan, output = plan_from_request(request)
     checkpoint = checkpoint_from_reference(reference_from_name(request.model))
@@ -87,14 +92,17 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
             write_report(readiness_of(view.vision), report_file(READINESS, view), work)
         _copy_tokenizer(checkpoint.folder, work)
         if plan.decoder is not None:
-            tell(f"build the decoder ({plan.decoder.value})")
-            _write_decoder(plan, checkpoint, work)
+            if request.decoder_kv_cache is None:
+                tell(f"build the decoder ({plan.decoder_name})")
+                _write_decoder(plan, checkpoint, work)
+            else:
+                _write_decoder_with_cache(plan, checkpoint, work, request.decoder_kv_cache, pictures, tell)
         bundle = Bundle(work, manifest_of(plan, work, hashed=False))
         report = None
         if request.verify:
             report = _verified(bundle, checkpoint.folder, work, tell)
-            if plan.decoder is DecoderPrecision.INT4:
-                _report_int4(bundle, checkpoint.folder, request.questions, tell)
+            if plan.decoder is DecoderPrecision.INT4 or plan.decoder_kv_cache == "int8":
+                _report_decoder(bundle, checkpoint.folder, request.questions, tell)
         tell("hash and write the manifest")
         manifest = manifest_of(plan, work, hashed=True)
         write_manifest(work, manifest)
@@ -122,14 +130,14 @@ def _verified(bundle: Bundle, checkpoint: Path, work: Path, tell: Tell) -> Parit
     return reports[0]
 
 
-def _report_int4(bundle: Bundle, checkpoint: Path, questions: Path | None, tell: Tell) -> None:
-    """Write what an int4 decoder answers beside transformers' float32, if questions are at hand; nothing is judged."""
+def _report_decoder(bundle: Bundle, checkpoint: Path, questions: Path | None, tell: Tell) -> None:
+    """Write what a decoder of few bits answers beside transformers' float32, if questions are at hand; not judged."""
     dataset, reason = questions_at_hand(bundle, questions)
     reason = reason or obstacle_of(bundle) or too_large(checkpoint)
     if dataset is None or reason:
-        tell(f"the int4 decoder's answers are not compared: {reason}")
+        tell(f"the decoder's answers are not compared: {reason}")
         return
-    tell(f"compare the int4 decoder's answers to {len(dataset.questions)} questions")
+    tell(f"compare the decoder's answers ({bundle.manifest.plan.decoder_name}) to {len(dataset.questions)} questions")
     view = bundle.views[0]
     full = AskSettings(decoder="hf", checkpoint=checkpoint, provider="cpu")
     before = replace(answers_of(view, dataset, full), decoder="fp32 (transformers)")
@@ -262,7 +270,49 @@ def _write_newline(checkpoint: Checkpoint, work: Path) -> None:
         np.save(work / NEWLINE, newline_from_checkpoint(reader))
 
 
-def _write_decoder(plan: ExportPlan, checkpoint: Checkpoint, work: Path) -> None:
+def _cache_pictures(request: ExportRequest) -> tuple[NamedPicture, ...]:
+    """The pictures that scales of 8-bit keys and values come from, found before an export that may take long.
+
+    Raises:
+        EnvironmentFaultError: this onnxruntime-genai builds no such decoder.
+        HolovExportError: see `recipes`.
+    """
+    if request.decoder_kv_cache is None:
+        return ()
+    from holov_export.export.decoder_onnx import check_cache_version
+
+    check_cache_version(str(require("onnxruntime_genai").__version__))
+    recipe = recipe_from_name(request.decoder_kv_cache.recipe)
+    return pictures_of(recipe, request.decoder_kv_cache.pictures).calibrate
+
+
+def _write_decoder_with_cache(
+    plan: ExportPlan,
+    checkpoint: Checkpoint,
+    work: Path,
+    asked: CacheRequest,
+    pictures: Sequence[NamedPicture],
+    tell: Tell,
+) -> None:
+    """Build the decoder twice: once to see how large keys and values get, once with scales for them."""
+    # a CPU runs no bf16, and of the graphs for CUDA only fp16's
+    seen_in = DecoderPrecision.FP16 if plan.decoder is DecoderPrecision.BF16 else plan.decoder
+    first = plan.model_copy(update={"decoder": seen_in, "decoder_provider": "cpu", "decoder_kv_cache": "float"})
+    tell(f"build the decoder ({first.decoder_name}) for its keys and values")
+    _write_decoder(first, checkpoint, work)
+    ranges = cache_ranges(
+        Bundle(work, manifest_of(first, work, hashed=False)), recipe_from_name(asked.recipe), pictures, tell=tell
+    )
+    write_report(ranges, CACHE_RANGES, work)
+    shutil.rmtree(work / DECODER)
+    tell(f"build the decoder ({plan.decoder_name})")
+    with tempfile.TemporaryDirectory() as folder:
+        scales = Path(folder) / "scales.json"
+        write_scales(scales, ranges.keys, ranges.values)
+        _write_decoder(plan, checkpoint, work, scales)
+
+
+def _write_decoder(plan: ExportPlan, checkpoint: Checkpoint, work: Path, cache_scales: Path | None = None) -> None:
     from holov_export.export.decoder_onnx import decoder_from_checkpoint
 
     assert plan.decoder is not None
@@ -273,6 +323,7 @@ def _write_decoder(plan: ExportPlan, checkpoint: Checkpoint, work: Path) -> None
         plan.decoder,
         provider=plan.decoder_provider,
         int4=plan.decoder_int4,
+        cache_scales=cache_scales,
     )
 
 

@@ -62,6 +62,18 @@ class QuantizeRequest:
 
 
 @dataclass(frozen=True)
+class CacheRequest:
+    """Keys and values of the embedded decoder in 8 bits: their scales come from answers about a recipe's pictures.
+
+    Attributes:
+        recipe, pictures: as in `QuantizeRequest`.
+    """
+
+    recipe: str = "smoke-8"
+    pictures: Path | None = None
+
+
+@dataclass(frozen=True)
 class ExportRequest:
     """What a user asks for.
 
@@ -77,7 +89,8 @@ class ExportRequest:
         verify: write a parity report and refuse the export if it fails.
         newlines: the rows of a picture that keep a token keep their newline embedding (LLaVA-NeXT).
         decoder_int4: of an int4 decoder; None for the usual way.
-        questions: a file of questions that an int4 decoder's answers are compared on; None for those at hand.
+        decoder_kv_cache: keys and values in 8 bits; None leaves them in the type of the activations.
+        questions: a file of questions that a decoder of few bits is compared on; None for those at hand.
         quantize: the vision graphs; None leaves them in `precision`.
     """
 
@@ -93,6 +106,7 @@ class ExportRequest:
     also: tuple[GraphRequest, ...] = ()
     newlines: bool = True
     decoder_int4: Int4Settings | None = None
+    decoder_kv_cache: CacheRequest | None = None
     questions: Path | None = None
     quantize: QuantizeRequest | None = None
 
@@ -125,6 +139,8 @@ def plan_from_request(request: ExportRequest) -> tuple[ExportPlan, Path]:
     (graph, *also), budget = _graphs_from_request(request, spec)
     quantization = None if request.quantize is None else quantization_from_request(request.quantize, request.precision)
     int4 = int4_settings(checkpoint.folder, request.decoder, request.decoder_int4)
+    if request.decoder_kv_cache is not None:
+        _check_cache(request)
     plan = ExportPlan(
         model=spec,
         source=source,
@@ -137,12 +153,24 @@ def plan_from_request(request: ExportRequest) -> tuple[ExportPlan, Path]:
         decoder_provider=request.decoder_provider,
         quantization=quantization,
         decoder_int4=int4,
+        decoder_kv_cache="float" if request.decoder_kv_cache is None else "int8",
         opset=opset_of(request.precision, quantization),
         newlines=request.newlines,
     )
     output = (request.output or Path(usual_name(plan))).absolute()
     check_target(output, overwrite=request.overwrite)
     return plan, output
+
+
+def _check_cache(request: ExportRequest) -> None:
+    """Refuse 8-bit keys and values without a decoder, or whose scales cannot be found on this machine's CPU."""
+    if request.decoder is None:
+        raise UsageError("there are no keys and values without a decoder.", hint="Leave --decoder-kv-cache away.")
+    if request.precision is Precision.BF16:
+        raise UsageError(
+            "scales of 8-bit keys and values come from answers on the CPU, where no bf16 vision graph runs.",
+            hint="Choose --fp16 or --fp32.",
+        )
 
 
 def usual_name(plan: ExportPlan) -> str:

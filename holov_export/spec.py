@@ -78,6 +78,10 @@ class DecoderPrecision(str, Enum):
     INT4 = "int4"
 
 
+#: what a decoder's graph stores keys and values in; "int8" with a scale for each channel of each head
+CacheType = Literal["float", "int8"]
+
+
 class Int4Settings(Frozen):
     """How an int4 decoder's weights were rounded. Nothing else of the decoder is int4.
 
@@ -253,6 +257,7 @@ class ExportPlan(Frozen):
         precision: of the vision graphs. decoder: precision of the embedded decoder, or None to leave it out.
         quantization: of the vision graphs; `precision` is then that of all that is not quantised.
         decoder_int4: of an int4 decoder; None for others.
+        decoder_kv_cache: what the decoder's graph stores keys and values in, "float" for the type of its activations.
         decoder_provider: execution provider that the decoder's graph is built for; a runtime may choose another.
         opset: of the vision graph, asserted after export.
         newlines: the rows of a picture that keep a token keep their newline embedding (LLaVA-NeXT).
@@ -269,6 +274,7 @@ class ExportPlan(Frozen):
     decoder: DecoderPrecision | None
     quantization: Quantization | None = None
     decoder_int4: Int4Settings | None = None
+    decoder_kv_cache: CacheType = "float"
     decoder_provider: Literal["cpu", "cuda"] = "cpu"
     opset: int = 18
     newlines: bool = True
@@ -300,6 +306,13 @@ class ExportPlan(Frozen):
         rest = "" if self.precision is Precision.FP32 else f"{self.precision.value}-"
         written_for = "-cpu" if self.quantization.engine == "cpu" else ""
         return f"{rest}{self.quantization.type.value}{written_for}"
+
+    @property
+    def decoder_name(self) -> str:
+        """What people call the decoder's precision: "none", "int4", "fp16, int8 KV"."""
+        if self.decoder is None:
+            return "none"
+        return self.decoder.value if self.decoder_kv_cache == "float" else f"{self.decoder.value}, int8 KV"
 
     @property
     def parts(self) -> tuple[Literal["image", "video"], ...]:

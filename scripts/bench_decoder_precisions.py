@@ -8,8 +8,10 @@ random weights, whose sizes all differ, with random visual rows. All decoders of
 turns: tokens per second of process CPU time, on one thread, medians of interleaved rounds, each divided by float32's
 of the same round.
 
-Logits are those of ONNX Runtime over whole prompts, every position, against float32's graph; tokens are greedy ones of
-ONNX Runtime GenAI. Random weights answer from near ties: there the logits tell more than the tokens do.
+"int8 KV" stores keys and values in 8 bits, with scales from answers about the photographs of smoke-8, or for the random
+model from other random prompts. Logits are those of ONNX Runtime over whole prompts, every position, against float32's
+graph; tokens are greedy ones of ONNX Runtime GenAI. Random weights answer from near ties: there the logits tell more
+than the tokens do.
 """
 
 from __future__ import annotations
@@ -42,7 +44,11 @@ from holov_export.assets import data_folder
 from holov_export.bundle import open_bundle
 from holov_export.export.decoder_onnx import decoder_from_checkpoint
 from holov_export.pipeline import checkpoint_of
+from holov_export.quantize.decoder_cache import NEW_TOKENS, QUESTION, write_scales
+from holov_export.recipes import pictures_of, recipe_from_name
 from holov_export.runtime.decoder_genai import GenaiDecoder
+from holov_export.runtime.decoder_ort import OrtDecoder
+from holov_export.runtime.preprocess import ImageSource
 from holov_export.spec import DecoderPrecision, DecoderSpec, Int4Settings
 from holov_export.tensors import FloatArray, SamplingSettings, StitchedPrompt
 
@@ -62,6 +68,7 @@ class Way:
     name: str
     precision: DecoderPrecision
     int4: Int4Settings | None = None
+    cache: bool = False
 
 
 def _int4(name: str, **settings: Any) -> Way:
@@ -77,6 +84,9 @@ WAYS = (
     _int4("k_quant 32", algorithm="k_quant"),
     _int4("k_quant_last 32", algorithm="k_quant_last"),
     _int4("k_quant_mixed 32", algorithm="k_quant_mixed"),
+    Way("fp32, int8 KV", DecoderPrecision.FP32, cache=True),
+    Way("fp16, int8 KV", DecoderPrecision.FP16, cache=True),
+    Way("int4 rtn 32, int8 KV", DecoderPrecision.INT4, Int4Settings(), cache=True),
 )
 
 
@@ -125,15 +135,26 @@ class Recorder:
     def close(self) -> None: ...
 
 
-def demo_prompts(bundle: Path) -> list[StitchedPrompt]:
-    """Every question about every scene at three budgets."""
+def prompts_about(
+    bundle: Path, pictures: Sequence[ImageSource], questions: Sequence[str], budgets: Sequence[int]
+) -> list[StitchedPrompt]:
+    """Every question about every picture at every budget."""
     recorder = Recorder()
     with Session.open(bundle, decoder=recorder, provider="cpu", threads=1) as session:
-        for scene in sorted(data_folder("demo-scenes").glob("*.png")):
-            for question in QUESTIONS:
-                for budget in BUDGETS:
-                    session.ask(scene, question, budget=budget)
+        for picture in pictures:
+            for question in questions:
+                for budget in budgets:
+                    session.ask(picture, question, budget=budget)
     return recorder.prompts
+
+
+def scales_from_prompts(folder: Path, spec: DecoderSpec, prompts: Sequence[StitchedPrompt], path: Path) -> None:
+    """Scales for 8-bit keys and values, from what a float32 decoder stores of these prompts and its answers."""
+    decoder = OrtDecoder(folder, spec, provider="cpu", threads=1)
+    found = [decoder.largest_stored(prompt, SamplingSettings(max_new_tokens=NEW_TOKENS)) for prompt in prompts]
+    decoder.close()
+    keys, values = (np.max([pair[side] for pair in found], axis=0).tolist() for side in (0, 1))
+    write_scales(path, keys, values)
 
 
 def random_prompt(spec: DecoderSpec, count: int, seed: int) -> StitchedPrompt:
@@ -190,7 +211,7 @@ def logits_of(folder: Path, spec: DecoderSpec, prompts: Sequence[StitchedPrompt]
         onnxruntime.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
         for name in ("model.onnx", "embedding.onnx", "vision.onnx")
     )
-    types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
     empty = {
         item.name: np.zeros((1, spec.kv_heads, 0, spec.head_width), types[item.type])
         for item in model.get_inputs()
@@ -248,13 +269,29 @@ def same_beginning(found: Sequence[int], wanted: Sequence[int]) -> int:
 
 
 def measured(
-    model: str, checkpoint: Path, spec: DecoderSpec, prompts: Sequence[StitchedPrompt], work: Path, args: Any
+    model: str,
+    checkpoint: Path,
+    spec: DecoderSpec,
+    prompts: Sequence[StitchedPrompt],
+    others: Sequence[StitchedPrompt],
+    work: Path,
+    args: Any,
 ) -> list[Result]:
-    """All ways for one language model."""
+    """All ways for one language model; `others` are the prompts that scales come from."""
     built: dict[str, float] = {}
+    scales = work / "scales.json"
     for way in WAYS:
+        if way.cache and not scales.is_file():
+            scales_from_prompts(work / FULL, spec, others, scales)
         began = time.perf_counter()
-        decoder_from_checkpoint(checkpoint, work / way.name, spec, way.precision, int4=way.int4)
+        decoder_from_checkpoint(
+            checkpoint,
+            work / way.name,
+            spec,
+            way.precision,
+            int4=way.int4,
+            cache_scales=scales if way.cache else None,
+        )
         built[way.name] = time.perf_counter() - began
     longest = next(prompt for prompt in prompts if len(prompt.rows) == SPEED_ROWS[model])
     endless = spec.model_copy(update={"eos_token_ids": ()})
@@ -322,10 +359,15 @@ def main() -> None:
         spec, checkpoint = opened.manifest.plan.model.decoder, checkpoint_of(opened, None)
         if checkpoint is None:
             raise SystemExit("the weights of this bundle are not found: it is not the demo model's")
-        results += measured("demo", checkpoint, spec, demo_prompts(args.bundle), work / "demo", args)
+        scenes = sorted(data_folder("demo-scenes").glob("*.png"))
+        prompts = prompts_about(args.bundle, scenes, QUESTIONS, BUDGETS)
+        photographs = [picture.image() for picture in pictures_of(recipe_from_name("smoke-8"), None).calibrate]
+        others = prompts_about(args.bundle, photographs, [QUESTION], BUDGETS[1:])
+        results += measured("demo", checkpoint, spec, prompts, others, work / "demo", args)
         spec = random_checkpoint(work / "random", checkpoint)
         prompts = [random_prompt(spec, count, seed) for seed in range(2) for count in ROWS]
-        results += measured("random-100m", work / "random", spec, prompts, work / "random-decoders", args)
+        others = [random_prompt(spec, count, seed) for seed in range(2, 6) for count in ROWS]
+        results += measured("random-100m", work / "random", spec, prompts, others, work / "random-decoders", args)
     show(results)
     if args.json:
         note = "one thread; tokens/s and prefill are of process CPU time"

@@ -194,8 +194,8 @@ def main() -> None:
         show(title, ways, COLUMNS)
         show("int8 for CPU, first layers in float", curve, COLUMNS)
         show("error of the saliency", by_error, ("overlap_mean", "overlap_min_mean", "draws_with_min_0.97"))
-    if options.json:
-        write_result(options.json, {"note": options.note, **result} if options.note else result)
+        if options.json:  # after each tower: a run that is cut off keeps what it has measured
+            write_result(options.json, {"note": options.note, **result} if options.note else result)
 
 
 if __name__ == "__main__":

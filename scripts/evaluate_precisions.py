@@ -44,6 +44,8 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "int8-cpu": ("--int8", "--quantize-for", "cpu", *_GATED),
     "fp8": ("--fp8", *_GATED),
     "int4-decoder": ("--decoder-precision", "int4"),
+    "int8-kv": ("--decoder-kv-cache", "int8"),
+    "int4-int8-kv": ("--decoder-precision", "int4", "--decoder-kv-cache", "int8"),
 }
 #: all tokens, a third and a ninth: 144, 48, 16
 SIZES = (Fraction(1), Fraction(1, 3), Fraction(1, 9))

@@ -212,6 +212,14 @@ class TestMemory:
         assert small.decoder_weights / large.decoder_weights == pytest.approx(4.5 / 16, rel=1e-6)
         assert small.kv_cache == large.kv_cache
 
+    def test_keys_and_values_of_8_bits_are_half(self) -> None:
+        full, small = on(ORIN), on(ORIN, kv_cache="int8")
+        for row, other in zip(full.rows, small.rows, strict=True):
+            assert 2 * other.memory.kv_cache == row.memory.kv_cache
+            assert other.memory_bytes == row.memory_bytes - other.memory.kv_cache
+            assert other.decode_tokens_per_s > row.decode_tokens_per_s
+        assert any(line.endswith("keys and values 1") for line in small.assumptions)
+
     def test_a_tied_table_is_held_once(self) -> None:
         tied = LLAVA.model_copy(update={"decoder": LLAVA.decoder.model_copy(update={"tied": True})})
         form = format_of(ORIN, "fp16")

@@ -22,8 +22,8 @@ from holov_export.errors import LossError, UsageError
 from holov_export.pipeline import export_and_compile, export_bundle
 from holov_export.pipeline_quantized import export_quantized, export_quantized_and_compile
 from holov_export.policies import POLICIES, SelectionPolicy, policy_from_settings
-from holov_export.request import ExportRequest, GraphRequest, plan_from_request
-from holov_export.spec import DecoderPrecision, Int4Settings, Precision
+from holov_export.request import CacheRequest, ExportRequest, GraphRequest, plan_from_request
+from holov_export.spec import CacheType, DecoderPrecision, Int4Settings, Precision
 from holov_export.targets import EngineTarget
 
 
@@ -78,6 +78,14 @@ from holov_export.targets import EngineTarget
     type=click.Choice(["16", "32", "64", "128", "256"]),
     help="Weights that share a scale [default: 32].",
 )
+@click.option(
+    "--decoder-kv-cache",
+    type=click.Choice(get_args(CacheType)),
+    default="float",
+    show_default=True,
+    help="What the embedded decoder stores keys and values in. Scales of int8 come from answers about the pictures of "
+    "--recipe.",
+)
 @click.option("--no-decoder", is_flag=True, help="Leave the decoder out: vision graph and tokenizer only.")
 @click.option(
     "--newlines/--no-newlines",
@@ -111,6 +119,7 @@ def export(
     decoder_provider: Literal["cpu", "cuda"],
     int4_algorithm: str | None,
     int4_block_size: str | None,
+    decoder_kv_cache: CacheType,
     no_decoder: bool,
     newlines: bool,
     output: Path | None,
@@ -126,6 +135,7 @@ def export(
     """
     if no_decoder and decoder_precision:
         raise click.UsageError("--no-decoder and --decoder-precision exclude each other.")
+    cache = CacheRequest(recipe, pictures) if decoder_kv_cache == "int8" else None
     first, *also = _graphs(methods, settings, select_layer)
     request = ExportRequest(
         model=model,
@@ -141,7 +151,18 @@ def export(
         newlines=newlines,
         questions=questions,
         decoder_int4=_int4(int4_algorithm, int4_block_size, decoder_precision),
-        quantize=quantize_request(quantized, quantize_for, recipe, pictures, smooth, keep, questions, accept_loss),
+        decoder_kv_cache=cache,
+        quantize=quantize_request(
+            quantized,
+            quantize_for,
+            recipe,
+            pictures,
+            smooth,
+            keep,
+            questions,
+            accept_loss,
+            pictures_for_more=cache is not None,
+        ),
     )
     target = None if target_name is None else target_asked(target_name, dry_run=dry_run)
     if dry_run:

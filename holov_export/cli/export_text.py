@@ -43,7 +43,7 @@ def print_plan(plan: ExportPlan, output: Path, as_json: bool) -> None:
         **({"newlines": "kept" if plan.keeps_newlines else "dropped"} if plan.model.image.kind == "tiles" else {}),
         "precision": f"{plan.precision_name}, selection float32, opset {plan.opset}",
         **({} if plan.quantization is None else {"quantised": quantization_text(plan.quantization)}),
-        "decoder": f"{decoder.architecture}, {decoder.layers} layers, {plan.decoder.value}" if plan.decoder else "none",
+        "decoder": f"{decoder.architecture}, {decoder.layers} layers, {plan.decoder_name}" if plan.decoder else "none",
         "context": f"{decoder.context} tokens",
         "output": str(output),
     }
@@ -167,10 +167,11 @@ def print_report(report: ParityReport) -> None:
     OUT.print(_parity_table(report))
     answers = report.decoder
     if answers is not None:
+        cache = "" if answers.kv_cache == "float" else ", int8 KV"
         OUT.print(
-            f"decoder {answers.precision.value} = transformers: {answers.identical} of {answers.prompts} answers of "
-            f"{answers.new_tokens} tokens identical, {answers.first_token_same} begin alike  "
-            f"{'ok' if answers.passed else 'FAILED'}"
+            f"decoder {answers.precision.value}{cache} = transformers: "
+            f"{answers.identical} of {answers.prompts} answers of {answers.new_tokens} tokens identical, "
+            f"{answers.first_token_same} begin alike  {'ok' if answers.passed else 'FAILED'}"
         )
     for reason in report.skipped:
         say(f"not compared: {reason}")

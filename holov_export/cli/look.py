@@ -83,7 +83,7 @@ def _print_bundle(bundle: Bundle) -> None:
     head.add_row("precision", f"{plan.precision_name}, opset {plan.opset}")
     if plan.quantization is not None:
         head.add_row("quantised", quantization_text(plan.quantization))
-    head.add_row("decoder", plan.decoder.value if plan.decoder else "none")
+    head.add_row("decoder", plan.decoder_name)
     head.add_row("written by", f"{manifest.provenance.tool}, {manifest.provenance.created}")
     OUT.print(head)
     graph = table("vision graph", "name", "type", "shape", title="")

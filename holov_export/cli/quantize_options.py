@@ -77,14 +77,19 @@ def quantize_request(
     keep: tuple[str, ...],
     questions: Path | None,
     accept_loss: bool,
+    pictures_for_more: bool = False,
 ) -> QuantizeRequest | None:
     """What the options ask for; None if nothing is to be quantised.
+
+    Args:
+        pictures_for_more: something else wants the recipe's pictures.
 
     Raises:
         click.UsageError: options of a quantisation that is not asked for.
     """
     if quantized is None:
-        if quantize_for != "tensorrt" or pictures or smooth is not None or keep or accept_loss:
+        unused = pictures and not pictures_for_more
+        if quantize_for != "tensorrt" or unused or smooth is not None or keep or accept_loss:
             raise click.UsageError("options of a quantised graph need --int8 or --fp8.")
         return None
     return QuantizeRequest(

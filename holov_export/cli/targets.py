@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import click
 
@@ -17,7 +18,7 @@ from holov_export.estimate.report import BudgetRow, Estimate, estimate
 from holov_export.estimate.shapes import ModelShape, shape_from_name, shape_from_spec, shape_names
 from holov_export.export.checkpoint import spec_from_checkpoint
 from holov_export.policies import HolovPolicy
-from holov_export.spec import DecoderPrecision
+from holov_export.spec import CacheType, DecoderPrecision
 from holov_export.targets import EngineTarget, TargetPrecision, list_targets, target_from_name
 
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
@@ -132,6 +133,11 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> tupl
     help="Of the decoder's weights [default: the bundle's, else fp16].",
 )
 @click.option(
+    "--decoder-kv-cache",
+    type=click.Choice(get_args(CacheType)),
+    help="What keys and values are stored in [default: the bundle's, else float].",
+)
+@click.option(
     "--size",
     callback=_size,
     metavar="WIDTHxHEIGHT",
@@ -148,6 +154,7 @@ def estimate_command(
     text_tokens: int,
     precision: str | None,
     decoder_precision: str | None,
+    decoder_kv_cache: CacheType | None,
     size: tuple[int, int] | None,
     video: bool,
     as_json: bool,
@@ -159,12 +166,13 @@ def estimate_command(
     MODEL is a bundle, a checkpoint directory, OWNER/REPO, or a name; llava-1.5-7b needs neither files nor network.
     """
     target = target_from_name(target_name)
-    shape, seen, read = _shape_of(model, size, "video" if video else "image")
+    known = _known_of(model, size, "video" if video else "image")
     found = estimate(
-        shape,
+        known.shape,
         target,
-        precision=cast(TargetPrecision, precision or seen or target.precisions[0]),
-        decoder=DecoderPrecision(decoder_precision or read or "fp16"),
+        precision=cast(TargetPrecision, precision or known.precision or target.precisions[0]),
+        decoder=DecoderPrecision(decoder_precision or known.decoder or "fp16"),
+        kv_cache=decoder_kv_cache or known.kv_cache,
         budgets=budgets,
         batch=batch,
         context=context,
@@ -176,10 +184,18 @@ def estimate_command(
         _print_estimate(found, target)
 
 
-def _shape_of(
-    model: str, size: tuple[int, int] | None, part: Literal["image", "video"]
-) -> tuple[ModelShape, str | None, str | None]:
-    """A model's shape, and the precisions of its vision graph and decoder where it is a bundle that has them.
+@dataclass(frozen=True)
+class _Known:
+    """What a model says of itself: its shape, and a bundle also the precisions of its vision graph and decoder."""
+
+    shape: ModelShape
+    precision: str | None = None
+    decoder: str | None = None
+    kv_cache: CacheType = "float"
+
+
+def _known_of(model: str, size: tuple[int, int] | None, part: Literal["image", "video"]) -> _Known:
+    """What is known of a model.
 
     Raises:
         UsageError: see `shape_from_spec`; or a size or clip of a shape that ships.
@@ -190,15 +206,15 @@ def _shape_of(
         decoder = plan.decoder.value if plan.decoder else None
         shape = shape_from_spec(plan.model, plan.policy, plan.cuts, size=size, part=part)
         seen = plan.precision if plan.quantization is None else plan.quantization.type
-        return shape, seen.value, decoder
+        return _Known(shape, seen.value, decoder, plan.decoder_kv_cache)
     if model in shape_names():
         if size is not None or part == "video":
             raise UsageError(f"'{model}' takes pictures only, and all have as many tokens.")
-        return shape_from_name(model), None, None
+        return _Known(shape_from_name(model))
     reference = reference_from_name(model)
     checkpoint = checkpoint_from_reference(reference, weights=False)
     spec = spec_from_checkpoint(checkpoint.folder, reference.label)
-    return shape_from_spec(spec, HolovPolicy(), size=size, part=part), None, None
+    return _Known(shape_from_spec(spec, HolovPolicy(), size=size, part=part))
 
 
 def _print_estimate(found: Estimate, target: EngineTarget) -> None:
@@ -218,9 +234,10 @@ def _print_estimate(found: Estimate, target: EngineTarget) -> None:
             size_text(row.memory_bytes),
             "fits" if row.memory_bytes <= found.usable_bytes else "TOO MUCH",
         )
+    cache = "" if found.kv_cache == "float" else ", int8 KV"
     OUT.print(f"{found.model} on {target.title}: an estimate, not a measurement", soft_wrap=True)
     OUT.print(
-        f"vision {found.precision}, decoder {found.decoder_precision.value}, batch {found.batch}, "
+        f"vision {found.precision}, decoder {found.decoder_precision.value}{cache}, batch {found.batch}, "
         f"{found.text_tokens} text tokens, room for {found.context}",
         soft_wrap=True,
     )

@@ -45,5 +45,5 @@ def memory_of(
         embeddings=0 if decoder.tied else int(table * layers.value),
         vision_activations=int(2 * seen * vision.value),
         decoder_activations=int(2 * read * layers.value) + 4 * batch * decoder.vocab_size,
-        kv_cache=int(batch * context * cached * layers.value),
+        kv_cache=int(batch * context * cached * layers.key),
     )

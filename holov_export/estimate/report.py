@@ -6,6 +6,7 @@ A roofline with stated shares, not a measurement. docs/estimates.md compares it 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from holov_export.errors import BudgetError, UsageError
 from holov_export.estimate.memory import RUNTIME_BYTES, Memory, memory_of
@@ -13,7 +14,7 @@ from holov_export.estimate.roofline import SHARES, WEIGHT_BYTES, Machine, format
 from holov_export.estimate.shapes import ModelShape
 from holov_export.estimate.stages import SELECTION_KERNELS, STEP_KERNELS, prefill_seconds, step_seconds, vision_seconds
 from holov_export.policies import Frozen
-from holov_export.spec import DecoderPrecision
+from holov_export.spec import CacheType, DecoderPrecision
 from holov_export.targets import EngineTarget, TargetPrecision
 
 
@@ -34,7 +35,7 @@ class Estimate(Frozen):
     """The whole answer.
 
     Attributes:
-        context: tokens that each sequence's KV cache has room for.
+        kv_cache: what keys and values are stored in. context: tokens that each sequence's KV cache has room for.
         fits: whether every row fits. context_that_fits: the longest context with which the largest budget would.
     """
 
@@ -42,6 +43,7 @@ class Estimate(Frozen):
     target: str
     precision: TargetPrecision
     decoder_precision: DecoderPrecision
+    kv_cache: CacheType = "float"
     batch: int
     context: int
     text_tokens: int
@@ -58,6 +60,7 @@ def estimate(
     *,
     precision: TargetPrecision,
     decoder: DecoderPrecision,
+    kv_cache: CacheType = "float",
     budgets: Sequence[int] = (),
     batch: int = 1,
     context: int | None = None,
@@ -68,7 +71,7 @@ def estimate(
     Args:
         shape: the model.
         target: the board or GPU.
-        precision: of the vision engine. decoder: of the decoder's weights.
+        precision: of the vision engine. decoder: of the decoder's weights. kv_cache: of its keys and values.
         budgets: further token budgets, 1..N.
         batch: images, and sequences, at once.
         context: tokens that the KV cache has room for; None is the model's longest sequence.
@@ -86,7 +89,17 @@ def estimate(
     room = shape.decoder.context if context is None else context
     _check_context(shape, room, asked[0] + text_tokens)
     rows = tuple(
-        _row(shape, target, precision, layers, budget, batch=batch, context=room, text_tokens=text_tokens)
+        _row(
+            shape,
+            target,
+            precision,
+            layers,
+            budget,
+            kv_cache=kv_cache,
+            batch=batch,
+            context=room,
+            text_tokens=text_tokens,
+        )
         for budget in asked
     )
     return Estimate(
@@ -94,6 +107,7 @@ def estimate(
         target=target.name,
         precision=precision,
         decoder_precision=decoder,
+        kv_cache=kv_cache,
         batch=batch,
         context=room,
         text_tokens=text_tokens,
@@ -101,7 +115,7 @@ def estimate(
         fits=all(row.memory_bytes <= target.usable_bytes for row in rows),
         context_that_fits=min(shape.decoder.context, _context_that_fits(rows[0], room, target.usable_bytes)),
         rows=rows,
-        assumptions=_assumptions(shape, target, precision, layers),
+        assumptions=_assumptions(shape, target, precision, layers, kv_cache),
     )
 
 
@@ -155,12 +169,15 @@ def _row(
     layers: TargetPrecision,
     budget: int,
     *,
+    kv_cache: CacheType,
     batch: int,
     context: int,
     text_tokens: int,
 ) -> BudgetRow:
     machine = Machine(target)
     seen, read = format_of(target, precision), format_of(target, layers)
+    if kv_cache == "int8":  # one scale for each channel of all tokens: nothing that grows with them
+        read = replace(read, stored=1.0)
     prompt = budget + text_tokens
     vision = vision_seconds(machine, shape, seen, budget=budget, batch=batch)
     prefill = prefill_seconds(machine, shape, read, read, prompt=prompt, batch=batch)
@@ -185,10 +202,15 @@ def _context_that_fits(row: BudgetRow, context: int, usable: int) -> int:
 
 
 def _assumptions(
-    shape: ModelShape, target: EngineTarget, precision: TargetPrecision, layers: TargetPrecision
+    shape: ModelShape,
+    target: EngineTarget,
+    precision: TargetPrecision,
+    layers: TargetPrecision,
+    kv_cache: CacheType,
 ) -> tuple[str, ...]:
     """What the numbers rest on, one sentence each."""
     shared = ", shared by CPU and GPU" if target.unified_memory else ""
+    number = 1 if kv_cache == "int8" else 4 if layers == "fp32" else 2
     kept = f"{target.reserved_gb:g} of {target.memory_gb:g}"
     bandwidth, rate = f"{target.bandwidth_gbs:g} GB/s", f"{target.rate(precision):g} T/s"
     products = f"matrix products reach {SHARES.product:.0%} of the dense {precision} rate, {rate}"
@@ -201,7 +223,7 @@ def _assumptions(
         f"{attention}, memory {SHARES.bandwidth:.0%} of {bandwidth}",
         f"a kernel costs {SHARES.kernel_seconds * 1e6:g} us, the selection is {SELECTION_KERNELS} small ones{steps}",
         "preprocessing and the host's own time are not counted",
-        f"decoder weights take {WEIGHT_BYTES[layers]:g} bytes each, keys and values {4 if layers == 'fp32' else 2}",
+        f"decoder weights take {WEIGHT_BYTES[layers]:g} bytes each, keys and values {number}",
         f"the runtime takes {RUNTIME_BYTES / 2**30:g} GiB; the system keeps {kept} GiB{shared}",
         "the GPU runs at its highest clocks; in a lower power mode it is slower",
     ]

@@ -48,12 +48,19 @@ class Format:
     Attributes:
         rate: peak dense operations a second of products. weight_only: weights are unpacked before they are multiplied.
         weight: bytes of a weight, scales included. value: bytes of an activation.
+        stored: bytes of a key's or a value's number in a decoder's cache; None for those of an activation.
     """
 
     rate: float
     weight: float
     value: float
     weight_only: bool = False
+    stored: float | None = None
+
+    @property
+    def key(self) -> float:
+        """Bytes of one number of the keys and values that attention reads."""
+        return self.value if self.stored is None else self.stored
 
 
 #: bytes of one weight. int4: half a byte and a 16-bit scale for each group of 32, as ONNX Runtime GenAI's builder
@@ -99,7 +106,7 @@ class Machine:
         """`rows` queries over `keys`, for each of `batch`; `width` of all heads, `key_width` of the heads of keys."""
         rate = (self.target.rate("fp32" if form.value == 4 else "fp16") or 0.0) * 1e12
         arithmetic = 4 * batch * rows * keys * width / (rate * self.shares.attention)
-        traffic = batch * (2 * rows * width + 2 * keys * key_width) * form.value
+        traffic = batch * (2 * rows * width * form.value + 2 * keys * key_width * form.key)
         return max(arithmetic, traffic / self._bandwidth) + self.shares.kernel_seconds
 
     def moved(self, values: float, form: Format, *, kernels: int = 1) -> float:

@@ -185,7 +185,7 @@ def _side(bundle: Bundle, label: str) -> Side:
         method=plan.method,
         precision=plan.precision_name,
         opset=plan.opset,
-        decoder="none" if plan.decoder is None else plan.decoder.value,
+        decoder=plan.decoder_name,
     )
 
 

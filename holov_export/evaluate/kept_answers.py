@@ -169,8 +169,7 @@ def answers_of(
         tuple(answered[question.id].text for question in dataset.questions)
         for answered in (journal.cell(*cell.asked) for cell in cells)
     )
-    decoder = bundle.manifest.plan.decoder
-    return Answers("none" if decoder is None else decoder.value, cells, texts)
+    return Answers(bundle.manifest.plan.decoder_name, cells, texts)
 
 
 def _usual_sizes(bundle: Bundle) -> tuple[Size, ...]:

@@ -113,7 +113,7 @@ def evaluation_from_journal(
             name=bundle.folder.name,
             model=model.model.name,
             precision=model.precision_name,
-            decoder=model.decoder.value if model.decoder and decoder != "hf" else decoder,
+            decoder=model.decoder_name if model.decoder and decoder != "hf" else decoder,
             tokens=plan.tokens,
             methods=bundle.methods,
             manifest_sha256=sha256_of(bundle.folder / MANIFEST),

@@ -12,7 +12,7 @@ graph computes the logits of the last token only.
 Precisions, as seen with onnxruntime-genai 0.18 and onnxruntime 1.31 on a CPU: fp32 and int4 run. The builder's own fp16
 graph for the CPU fails in a Cast while running, but its fp16 graph for CUDA runs on the CPU as well, so that one is
 written for both. A bf16 graph has no CPU kernels. `PRECISIONS_OF_PROVIDER` says so; another pair is refused.
-How int4 is rounded, `decoder_int4` says.
+How int4 is rounded, `decoder_int4` says. Keys and values in int8 run on the CPU with all three.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from holov_export.errors import CheckFailedError, CheckpointError, UsageError
+from holov_export.errors import CheckFailedError, CheckpointError, EnvironmentFaultError, UsageError
 from holov_export.export.decoder_int4 import builder_options, check_stored_int4, int4_settings, quantization_of
 from holov_export.export.decoder_language import (
     check_language_model,
@@ -55,6 +56,8 @@ VISION_GRAPH = "vision.onnx"
 CONFIG = "genai_config.json"
 #: larger embedding tables go into a file beside the graph; protobuf ends at 2 GB
 EXTERNAL_BYTES = 64 << 20
+#: the first onnxruntime-genai whose builder has 8-bit keys and values
+_CACHE_VERSION = (0, 16)
 PRECISIONS_OF_PROVIDER = {
     "cpu": (DecoderPrecision.FP32, DecoderPrecision.FP16, DecoderPrecision.INT4),
     "cuda": tuple(DecoderPrecision),
@@ -69,6 +72,7 @@ def decoder_from_checkpoint(
     provider: str = "cpu",
     *,
     int4: Int4Settings | None = None,
+    cache_scales: Path | None = None,
 ) -> None:
     """Fill `out` with the decoder of the checkpoint in `folder`.
 
@@ -79,18 +83,21 @@ def decoder_from_checkpoint(
         precision: of the decoder's weights.
         provider: "cpu" or "cuda", what the graph is optimised for; a runtime may choose another.
         int4: how an int4 decoder is rounded; None for the usual way, or as a checkpoint in 4 bits is.
+        cache_scales: the builder's file with a scale for each channel of keys and values, which are then stored in
+            int8; None stores them in the type of the activations.
 
     Raises:
         UsageError: a precision that cannot run on the provider, or that a checkpoint in 4 bits cannot have.
         CheckpointError: the checkpoint lacks the language model or is damaged.
         UnsupportedModelError: another architecture, or one that the builder would get wrong.
-        EnvironmentFaultError: this onnxruntime-genai is too old for the rounding.
+        EnvironmentFaultError: this onnxruntime-genai is too old for the rounding, or for 8-bit keys and values.
         CheckFailedError: the builder failed; the message ends with the last lines of its output.
         OSError: the disk is full.
     """
     check_precision(precision, provider)
     settings = int4_settings(folder, precision, int4)
     rounding = () if settings is None else builder_options(settings, _genai_version())
+    stored = () if cache_scales is None else cache_options(cache_scales, _genai_version())
     tensors = language_tensors(folder)
     _check_sizes(tensors, spec)
     if settings is not None:
@@ -101,10 +108,12 @@ def decoder_from_checkpoint(
     with tempfile.TemporaryDirectory(prefix=".language-model-", dir=out.parent) as work:
         source = Path(work) / "checkpoint"
         write_checkpoint(folder, source, tensors, quantization_of(model_config(folder)))
-        options = ("exclude_embeds=true", *rounding)
+        options = ("exclude_embeds=true", *rounding, *stored)
         if spec.mrope_sections:  # the logits of the last token alone: those of 2000 tokens would take 1.2 GB
             options += ("prune_lm_head=true",)
         _run_builder(source, out, precision, provider, options)
+    if cache_scales is not None:
+        _check_cache(out)
     dtype = _embeds_dtype(out)
     _write_vision_graph(out / VISION_GRAPH, spec.width, dtype)
     _write_embedding_graph(out / EMBEDDING_GRAPH, tensors[EMBEDDING], spec.image_token_id, dtype)
@@ -127,6 +136,51 @@ def check_precision(precision: DecoderPrecision, provider: str) -> None:
         raise UsageError(
             f"the embedded decoder cannot be {precision.value} on {provider}: ONNX Runtime has no kernels for it.",
             hint=f"Choose one of {', '.join(item.value for item in possible)}, or --decoder-provider cuda.",
+        )
+
+
+def cache_options(scales: Path, version: str) -> tuple[str, ...]:
+    """`--extra_options` of GenAI's builder for 8-bit keys and values.
+
+    Args:
+        scales: see `decoder_from_checkpoint`. version: of onnxruntime-genai.
+
+    Raises:
+        EnvironmentFaultError: it is too old, and would leave them as they are without a word.
+    """
+    check_cache_version(version)
+    return "kv_cache_quant_scheme=int8_per_channel", f"kv_cache_scale_file={scales.resolve()}"
+
+
+def check_cache_version(version: str) -> None:
+    """Refuse an onnxruntime-genai whose builder has no 8-bit keys and values.
+
+    Raises:
+        EnvironmentFaultError: with the version that has.
+    """
+    number = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if number < _CACHE_VERSION:
+        raise EnvironmentFaultError(
+            f"onnxruntime-genai {version} builds no decoder with 8-bit keys and values.",
+            hint=f"It takes {'.'.join(map(str, _CACHE_VERSION))} or newer. "
+            "Run: pip install --upgrade onnxruntime-genai onnxruntime",
+        )
+
+
+def _check_cache(out: Path) -> None:
+    """Every key and value that the graph takes must be int8.
+
+    Raises:
+        CheckFailedError: the builder wrote another type.
+    """
+    onnx = require("onnx")
+    model = onnx.load(str(out / "model.onnx"), load_external_data=False)
+    caches = [value for value in model.graph.input if value.name.startswith("past_key_values.")]
+    others = [value.name for value in caches if value.type.tensor_type.elem_type != onnx.TensorProto.INT8]
+    if not caches or others:
+        raise CheckFailedError(
+            "ONNX Runtime GenAI's builder was asked for 8-bit keys and values and wrote others"
+            f"{': ' + others[0] if others else ''}."
         )
 
 

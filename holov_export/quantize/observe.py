@@ -114,7 +114,7 @@ def size_from_budget(budget: Budget) -> Size:
     return Fraction(1) if budget == "all" else Fraction(budget) if isinstance(budget, str) else budget
 
 
-def _budgets(recipe: Recipe, tokens: int) -> tuple[int, ...]:
+def budgets_of(recipe: Recipe, tokens: int) -> tuple[int, ...]:
     """The recipe's budgets for a picture of so many tokens, each once."""
     return tuple(dict.fromkeys(tokens_of(size_from_budget(budget), tokens) for budget in recipe.budgets))
 
@@ -135,7 +135,7 @@ def _add_picture(seen: dict[str, Seen], watched: Watched, recipe: Recipe, pictur
     pixels = pixels_for(plan, [picture.image()])
     # where pictures have unequal numbers of tokens, a share is of their own, and one that has fewer gives all
     own = pixels.layouts[0].tokens if pixels.layouts else plan.tokens
-    for index, budget in enumerate(_budgets(recipe, own)):
+    for index, budget in enumerate(budgets_of(recipe, own)):
         names = [name for name in watched.names if index == 0 or name in watched.moving]
         positions, values = run_watched(watched, pixels, budget, names)
         for name, value in zip(names, values, strict=True):
@@ -180,7 +180,7 @@ def _record(
         weights_sha256=weights_sha256,
         algorithm=recipe.algorithm,
         pictures=names_of(pictures),
-        budgets=_budgets(recipe, view.manifest.plan.tokens),
+        budgets=budgets_of(recipe, view.manifest.plan.tokens),
         tensors=tensors,
         created=datetime.now(timezone.utc).replace(microsecond=0).isoformat(),
         seconds=progress.seconds,

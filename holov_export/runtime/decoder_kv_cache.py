@@ -7,7 +7,7 @@
 | `trtllm-api` | warned about and not done (1.2) | `fp8` |
 | `trtllm` | fixed when the engine is built | fixed when the engine is built |
 | `vllm-server` | the server's own setting | the server's own setting |
-| `genai`, `ort` | the graph's own | no kernel on a CPU |
+| `genai`, `ort` | the graph's own, see `export --decoder-kv-cache` | no kernel on a CPU |
 | `hf` | the reference stays exact | the reference stays exact |
 
 Source: ggml-org/llama.cpp src/llama-context.cpp at 0c1e570 (llama_init_from_model); vLLM 0.32 vllm/config/cache.py
@@ -30,7 +30,10 @@ TAKES: dict[str, dict[KvCache, str]] = {
     "trtllm-api": {"fp8": "fp8"},
 }
 #: (why not, what to do instead)
-_EMBEDDED = ("what the embedded decoder stores is in its graph", "Choose --decoder llamacpp for int8.")
+_EMBEDDED = (
+    "what the embedded decoder stores is in its graph",
+    "Export the bundle with --decoder-kv-cache int8, or choose --decoder llamacpp.",
+)
 _INSTEAD: dict[str, tuple[str, str]] = {
     "llamacpp": ("llama.cpp has no 8-bit floats", "Choose --kv-cache int8."),
     "trtllm-api": ("TensorRT-LLM's LLM API takes no int8 there", "Choose --kv-cache fp8, or --decoder trtllm."),

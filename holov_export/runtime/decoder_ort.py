@@ -4,7 +4,8 @@ It runs what ONNX Runtime GenAI cannot: language models whose positions are thre
 for them work the numbers out of the picture's grid, which is wrong where tokens were pruned. Other decoders run too.
 
 Keys and values stay in one buffer on the device, long enough for the prompt and its answer: the graph's attention
-appends to it in place, as it does under GenAI (`past_present_share_buffer`). CUDA has not run on a real GPU yet.
+appends to it in place, as it does under GenAI (`past_present_share_buffer`). A graph that was built so stores them in
+8 bits, with scales of its own. CUDA has not run on a real GPU yet.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ PROVIDERS = ("auto", "cpu", "cuda")
 GRAPHS = ("model.onnx", "embedding.onnx", "vision.onnx")
 _PAST, _PRESENT = "past_key_values.", "present."
 #: onnx's numbers of the types that a cache can have
-_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16, "tensor(int8)": 3}
+#: of those, the ones that numpy has and that hold what was computed
+_READABLE = ("tensor(float)", "tensor(float16)")
 _BFLOAT16 = 16
 _ERRORS_ONLY = 3
 
@@ -120,12 +123,37 @@ class OrtDecoder:
             )
         return self._tokens(prompt, sampling)
 
-    def _tokens(self, prompt: StitchedPrompt, sampling: SamplingSettings) -> Iterator[int]:
+    def largest_stored(self, prompt: StitchedPrompt, sampling: SamplingSettings) -> tuple[FloatArray, FloatArray]:
+        """How large the keys and values get that a prompt and its answer store.
+
+        Returns:
+            (keys, values): float32 [layers, kv_heads * head_width] each, largest absolute values over the tokens. Keys
+            are turned by their positions, as they are stored.
+
+        Raises:
+            as `stream`; and EnvironmentFaultError where this graph does not store float32 or float16.
+        """
+        if any(self._inputs[past].type not in _READABLE for past, _ in self._caches):
+            raise EnvironmentFaultError("the decoder's keys and values are neither float32 nor float16.")
+        binding, caches = self._binding(len(prompt) + sampling.max_new_tokens)
+        answer = list(self._tokens(prompt, sampling, binding))
+        # the last of an answer that did not end by itself is not stored
+        stored = len(prompt) + min(len(answer), sampling.max_new_tokens - 1)
+        largest = {
+            name: np.abs(cache.numpy()[0, :, :stored].astype(np.float32)).max(axis=1).reshape(-1)
+            for name, cache in caches.items()
+        }
+        keys = [value for name, value in largest.items() if name.endswith(".key")]
+        values = [value for name, value in largest.items() if name.endswith(".value")]
+        return np.stack(keys), np.stack(values)
+
+    def _tokens(self, prompt: StitchedPrompt, sampling: SamplingSettings, binding: Any = None) -> Iterator[int]:
         ends = end_tokens(self._spec, sampling)
         dice = np.random.default_rng(sampling.seed)
         length = len(prompt)
         following = length if prompt.next_position is None else prompt.next_position
-        binding = self._binding(length + sampling.max_new_tokens)
+        if binding is None:
+            binding, _ = self._binding(length + sampling.max_new_tokens)
         positions = np.tile(np.arange(length), (3, 1)) if prompt.position_ids is None else prompt.position_ids
         rows = np.ascontiguousarray(prompt.rows, dtype=np.float32).reshape(-1, self._spec.width)
         embeds = self._embeds(prompt.input_ids, self._features(rows))
@@ -137,9 +165,9 @@ class OrtDecoder:
             embeds = self._embeds(np.array([token], dtype=np.int64), self._no_rows)
             positions = np.full((3, 1), following + number)
 
-    def _binding(self, length: int) -> Any:
-        """The decoder's inputs and outputs, with empty caches of `length` tokens that both share."""
-        binding = self._decoder.io_binding()
+    def _binding(self, length: int) -> tuple[Any, dict[str, Any]]:
+        """The decoder's inputs and outputs, and the caches of `length` tokens that both share, in the graph's order."""
+        binding, caches = self._decoder.io_binding(), {}
         shape = [1, self._spec.kv_heads, length, self._spec.head_width]
         for past, present in self._caches:
             cache = self._ort.OrtValue.ortvalue_from_shape_and_type(
@@ -147,7 +175,8 @@ class OrtDecoder:
             )
             binding.bind_ortvalue_input(past, cache)
             binding.bind_ortvalue_output(present, cache)
-        return binding
+            caches[past] = cache
+        return binding, caches
 
     def _features(self, rows: npt.NDArray[np.float32]) -> Any:
         """Rows [R, D] in the decoder's type; its vision graph casts, for numpy has no bfloat16."""

@@ -21,7 +21,7 @@ from holov_export.runtime.decoder_genai import GenaiDecoder
 from holov_export.runtime.decoder_hf import HfDecoder
 from holov_export.runtime.decoder_ort import OrtDecoder
 from holov_export.runtime.stitch import PromptEncoder, prompt_encoder_from_tokenizer, stitch
-from holov_export.spec import DecoderPrecision, DecoderSpec
+from holov_export.spec import CacheType, DecoderPrecision, DecoderSpec
 from holov_export.tensors import CropBox, FloatArray, ImageLayout, ImageRows, Region, SamplingSettings, StitchedPrompt
 from holov_export.verify.parity import DecoderComparison
 
@@ -90,7 +90,7 @@ def compare_decoder(
     ]
     precision = bundle.manifest.plan.decoder
     assert precision is not None
-    return _judged(precision, pairs, new_tokens), ""
+    return _judged(precision, pairs, new_tokens, kv_cache=bundle.manifest.plan.decoder_kv_cache), ""
 
 
 def too_large(checkpoint: Path, limit_bytes: int = LIMIT_BYTES) -> str:
@@ -205,13 +205,18 @@ def _to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
 
 
 def _judged(
-    precision: DecoderPrecision, pairs: Sequence[tuple[list[int], list[int]]], new_tokens: int
+    precision: DecoderPrecision,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    new_tokens: int,
+    kv_cache: CacheType = "float",
 ) -> DecoderComparison:
     identical = sum(left == right for left, right in pairs)
     first = sum(left[:1] == right[:1] for left, right in pairs)
-    agreeing = {DecoderPrecision.FP32: identical, DecoderPrecision.FP16: first}
+    judged = {DecoderPrecision.FP32: identical, DecoderPrecision.FP16: first}
+    agreeing = judged if kv_cache == "float" else {}
     return DecoderComparison(
         precision=precision,
+        kv_cache=kv_cache,
         prompts=len(pairs),
         new_tokens=new_tokens,
         identical=identical,

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from holov_export.policies import Frozen
-from holov_export.spec import DecoderPrecision, ExportPlan, Precision
+from holov_export.spec import CacheType, DecoderPrecision, ExportPlan, Precision
 from holov_export.tensors import VisualTokens
 
 
@@ -83,13 +83,15 @@ class DecoderComparison(Frozen):
     """How a bundle's decoder and transformers answered the same prompts.
 
     Attributes:
-        precision: of the decoder; transformers computes in float32.
+        precision: of the decoder; transformers computes in float32. kv_cache: what keys and values are stored in.
         prompts: how many there were. new_tokens: the most tokens of one answer.
         identical: answers with the same tokens from the first to the last. first_token_same: with the same first one.
-        passed: fp32 must be identical everywhere and fp16 begin alike everywhere; int4 is reported, not judged.
+        passed: fp32 must be identical everywhere and fp16 begin alike everywhere; int4, and 8-bit keys and values, are
+            reported and not judged.
     """
 
     precision: DecoderPrecision
+    kv_cache: CacheType = "float"
     prompts: int
     new_tokens: int
     identical: int

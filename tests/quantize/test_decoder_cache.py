@@ -1,0 +1,273 @@
+"""8-bit keys and values of the embedded decoder: the ranges, the scales, the graph, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from decoder_families import checkpoint_of, decoder_of, oracle_of, picture, scene, spec_of
+from PIL import Image
+
+from holov_export.bundle import REPORTS, open_bundle
+from holov_export.cli import run
+from holov_export.errors import CheckFailedError, EnvironmentFaultError, UsageError
+from holov_export.export import decoder_onnx
+from holov_export.export.decoder_onnx import cache_options, check_cache_version, decoder_from_checkpoint
+from holov_export.pipeline import CACHE_RANGES, DECODER_ANSWERS
+from holov_export.policies import HolovPolicy
+from holov_export.quantize import decoder_cache
+from holov_export.quantize.decoder_cache import CacheRanges, write_scales
+from holov_export.request import CacheRequest, ExportRequest, plan_from_request
+from holov_export.runtime.decoder import Decoder
+from holov_export.runtime.decoder_genai import GenaiDecoder
+from holov_export.runtime.decoder_ort import OrtDecoder
+from holov_export.spec import DecoderPrecision, Precision
+from holov_export.tensors import SamplingSettings, StitchedPrompt
+
+PROMPT_ALONE = SamplingSettings(max_new_tokens=1)
+FAMILIES = ("llava_next", "llava_next_mistral", "qwen2_5_vl")
+
+
+def prompt_of(family: str, seed: int = 0) -> StitchedPrompt:
+    return scene(family, [picture(90, 70, seed)], []).stitched()
+
+
+def float_decoder(family: str) -> OrtDecoder:
+    return OrtDecoder(decoder_of(family), spec_of(family).decoder, provider="cpu", threads=1)
+
+
+def scales_of(family: str, path: Path) -> Path:
+    """From the prompts about three pictures."""
+    found = [float_decoder(family).largest_stored(prompt_of(family, seed), PROMPT_ALONE) for seed in (0, 1, 2)]
+    write_scales(path, *(np.max([pair[index] for pair in found], axis=0).tolist() for index in (0, 1)))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------- ranges
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranges_are_those_of_transformers(family: str) -> None:
+    """Of every layer, head and channel, after the rotary embedding, for prompts with visual rows."""
+    asked = scene(family, [picture(90, 70)], [])
+    model = oracle_of(family).model
+    with torch.no_grad():
+        cache = model(**asked.asked.inputs, use_cache=True).past_key_values
+    keys, values = float_decoder(family).largest_stored(asked.stitched(), PROMPT_ALONE)
+    for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+        for found, wanted in ((key, cache.layers[layer].keys), (value, cache.layers[layer].values)):
+            np.testing.assert_allclose(found, wanted[0].abs().amax(dim=1).flatten().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_answer_counts_as_far_as_it_is_stored() -> None:
+    decoder, prompt = float_decoder("llava_next"), prompt_of("llava_next")
+    short, _ = decoder.largest_stored(prompt, PROMPT_ALONE)
+    long, _ = decoder.largest_stored(prompt, SamplingSettings(max_new_tokens=12))
+    assert (long >= short).all()
+    assert (long > short).any()
+
+
+def test_scales_have_a_floor_of_their_layer(tmp_path: Path) -> None:
+    write_scales(tmp_path / "scales.json", [[127.0, 1.0, 254.0], [0.0, 0.0, 0.0]], [[1.27, 0.0, 12.7], [1.0, 1.0, 1.0]])
+    found = json.loads((tmp_path / "scales.json").read_text(encoding="utf-8"))["scales"]
+    np.testing.assert_allclose(found["k_scales"], [[1.0, 254 / 32 / 127, 2.0], [1.0, 1.0, 1.0]])
+    np.testing.assert_allclose(found["v_scales"], [[0.01, 0.1 / 32, 0.1], [1 / 127] * 3])
+
+
+# ----------------------------------------------------------------------------------------------------------- graph
+
+
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [
+        ("llava_next", DecoderPrecision.FP32),
+        ("qwen2_5_vl", DecoderPrecision.FP32),
+        pytest.param("llava_next_mistral", DecoderPrecision.FP16, marks=pytest.mark.slow),
+        pytest.param("llava_next", DecoderPrecision.INT4, marks=pytest.mark.slow),
+        pytest.param("qwen2_5_vl", DecoderPrecision.FP16, marks=pytest.mark.slow),
+    ],
+)
+def test_the_decoder_stores_int8_and_says_about_the_same(
+    family: str, precision: DecoderPrecision, tmp_path: Path
+) -> None:
+    spec = spec_of(family).decoder.model_copy(update={"eos_token_ids": ()})
+    scales = scales_of(family, tmp_path / "scales.json")
+    decoder_from_checkpoint(checkpoint_of(family), tmp_path / "int8", spec, precision, cache_scales=scales)
+    graph = onnx.load(str(tmp_path / "int8" / "model.onnx"), load_external_data=False).graph
+    caches = [value for value in (*graph.input, *graph.output) if value.name.startswith(("past_key", "present"))]
+    assert len(caches) == 4 * spec.layers
+    assert {value.type.tensor_type.elem_type for value in caches} == {onnx.TensorProto.INT8}
+
+    stored = OrtDecoder(tmp_path / "int8", spec, provider="cpu", threads=1)
+    plain = OrtDecoder(decoder_of(family, precision), spec, provider="cpu", threads=1)
+    unseen = prompt_of(family, seed=9)
+    left, right = second_logits(stored, unseen), second_logits(plain, unseen)
+    least = 0.9 if precision is DecoderPrecision.INT4 else 0.98  # which rounds the activations behind it as well
+    assert np.corrcoef(left, right)[0, 1] > least
+    assert not np.array_equal(left, right)
+    with pytest.raises(EnvironmentFaultError, match="neither float32 nor float16"):
+        stored.largest_stored(unseen, PROMPT_ALONE)
+    if not spec.mrope_sections:
+        genai: Decoder = GenaiDecoder(tmp_path / "int8", spec, provider="cpu", threads=1)
+        settings = SamplingSettings(max_new_tokens=4)
+        assert list(genai.stream(unseen, settings)) == list(stored.stream(unseen, settings))
+
+
+def second_logits(decoder: OrtDecoder, prompt: StitchedPrompt) -> np.ndarray:
+    """Of the token behind the prompt's own, which reads what the prompt stored."""
+    seen: list[np.ndarray] = []
+    original = decoder._logits
+
+    def watch(*asked: object) -> np.ndarray:
+        seen.append(original(*asked))  # type: ignore[arg-type]
+        if len(seen) == 1:  # both decoders go on with the same word
+            first = np.zeros_like(seen[0])
+            first[20] = 1.0
+            return first
+        return seen[-1]
+
+    decoder._logits = watch  # type: ignore[method-assign, assignment]
+    assert len(list(decoder.stream(prompt, SamplingSettings(max_new_tokens=2)))) == 2
+    return seen[1]
+
+
+# ------------------------------------------------------------------------------------------------------ the export
+
+
+@pytest.fixture(scope="module")
+def pictures(photographs: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, photograph in enumerate(photographs):
+        photograph.save(folder / f"{number}.png")
+    return folder
+
+
+def recipe(folder: Path) -> str:
+    (folder / "own.toml").write_text(
+        'name = "own"\ntitle = "two and two"\nsource = "folder"\nalgorithm = "minmax"\nbudgets = ["1/9", "all"]\n'
+        "[folder]\ncount = 2\njudge = 2\n[limits]\noverlap = 0.0\ncosine = -1.0\nanswers = 0.0\n",
+        encoding="utf-8",
+    )
+    return str(folder / "own.toml")
+
+
+def test_an_export_from_end_to_end(
+    llava_checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", str(llava_checkpoint), "-o", str(tmp_path / "made"), "--decoder-kv-cache", "int8"]
+    assert run([*words, "--recipe", recipe(tmp_path), "--pictures", str(pictures), "--no-verify"]) == 0
+    bundle = open_bundle(tmp_path / "made")
+    plan = bundle.manifest.plan
+    assert (plan.decoder_kv_cache, plan.decoder_name) == ("int8", "fp32, int8 KV")
+    ranges = CacheRanges.model_validate_json((bundle.folder / REPORTS / CACHE_RANGES).read_text(encoding="utf-8"))
+    assert len(ranges.pictures) == 2
+    assert ranges.budgets == (plan.model.image_tokens // 9, plan.model.image_tokens)
+    decoder = plan.model.decoder
+    assert np.array(ranges.keys).shape == (decoder.layers, decoder.kv_heads * decoder.head_width)
+    assert np.array(ranges.values).shape == np.array(ranges.keys).shape
+    capsys.readouterr()
+    assert run(["inspect", str(bundle.folder)]) == 0
+    assert "fp32, int8 KV" in capsys.readouterr().out
+    photograph = str(next(pictures.glob("*.png")))
+    for back_end in ("genai", "ort"):
+        line = ["ask", str(bundle.folder), photograph, "what is shown?", "--decoder", back_end, "--provider", "cpu"]
+        assert run([*line, "--max-new-tokens", "4"]) == 0
+    assert run([*line, "--kv-cache", "int8"]) == 2
+    assert "--decoder-kv-cache int8" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_demo_model_answers_as_before(tmp_path: Path) -> None:
+    assert run(["--model", "demo", "-o", str(tmp_path / "made"), "--decoder-kv-cache", "int8"]) == 0
+    found = json.loads((tmp_path / "made" / REPORTS / DECODER_ANSWERS).read_text(encoding="utf-8"))
+    assert found["decoders"] == ["fp32 (transformers)", "fp32, int8 KV"]
+    assert found["at"][0]["same"] == found["questions"] >= 3
+    parity = json.loads((tmp_path / "made" / REPORTS / "parity.json").read_text(encoding="utf-8"))
+    assert parity["decoder"]["kv_cache"] == "int8"
+
+
+def test_values_that_are_not_finite_are_named(
+    complete_bundle_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from holov_export.recipe_pictures import NamedPicture
+    from holov_export.recipes import recipe_from_name
+    from holov_export.storage import sha256_of
+
+    original = OrtDecoder.largest_stored
+
+    def broken(self: OrtDecoder, *asked: object) -> tuple[np.ndarray, np.ndarray]:
+        keys, values = original(self, *asked)  # type: ignore[arg-type]
+        values[1, 3] = np.inf
+        return keys, values
+
+    monkeypatch.setattr(OrtDecoder, "largest_stored", broken)
+    path = next(pictures.glob("*.png"))
+    named = NamedPicture(path.name, sha256_of(path), path)
+    with pytest.raises(CheckFailedError, match="the values of the decoder's layer 1 are not finite"):
+        decoder_cache.cache_ranges(open_bundle(complete_bundle_path), recipe_from_name("smoke-8"), [named], threads=1)
+
+
+# --------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.fixture
+def complete_bundle_path(complete_bundle: object) -> Path:
+    folder = complete_bundle.folder  # type: ignore[attr-defined]
+    assert isinstance(folder, Path)
+    return folder
+
+
+def test_combinations_that_make_no_sense_are_refused(llava_checkpoint: Path, tmp_path: Path) -> None:
+    request = ExportRequest(
+        model=str(llava_checkpoint),
+        policy=HolovPolicy(),
+        precision=Precision.FP32,
+        decoder=DecoderPrecision.FP32,
+        output=tmp_path / "made",
+        decoder_kv_cache=CacheRequest(),
+    )
+    plan, _ = plan_from_request(request)
+    assert plan.decoder_kv_cache == "int8"
+    with pytest.raises(UsageError, match="no keys and values without a decoder"):
+        plan_from_request(replace(request, decoder=None))
+    with pytest.raises(UsageError, match="no bf16 vision graph runs"):
+        plan_from_request(replace(request, precision=Precision.BF16, decoder=DecoderPrecision.FP16))
+
+
+@pytest.mark.parametrize("version", ["0.14.1", "0.15.0.dev3"])
+def test_an_old_builder_is_refused(version: str, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFaultError, match=r"builds no decoder with 8-bit keys") as caught:
+        check_cache_version(version)
+    assert "0.16" in str(caught.value.hint)
+    assert cache_options(tmp_path / "scales.json", "0.16.0")[0] == "kv_cache_quant_scheme=int8_per_channel"
+
+
+def test_a_builder_that_ignores_the_wish_is_noticed(
+    llava_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder_onnx, "cache_options", lambda scales, version: ())
+    spec = spec_from(llava_checkpoint)
+    with pytest.raises(CheckFailedError, match="asked for 8-bit keys and values and wrote others"):
+        decoder_from_checkpoint(
+            llava_checkpoint, tmp_path / "made", spec, DecoderPrecision.FP32, cache_scales=tmp_path / "none.json"
+        )
+
+
+def spec_from(checkpoint: Path):  # type: ignore[no-untyped-def]
+    from holov_export.export.checkpoint import spec_from_checkpoint
+
+    return spec_from_checkpoint(checkpoint, "tiny").decoder
+
+
+def test_a_missing_picture_ends_it_before_the_export(
+    llava_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", str(llava_checkpoint), "-o", str(tmp_path / "made"), "--decoder-kv-cache", "int8"]
+    assert run([*words, "--recipe", recipe(tmp_path), "--pictures", str(tmp_path / "nowhere")]) != 0
+    assert "nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
