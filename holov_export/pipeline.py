@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,12 +41,14 @@ from holov_export.compile.machine import check_gpu, this_machine
 from holov_export.compile.readiness import ReadinessReport, readiness_of
 from holov_export.engine import Engine
 from holov_export.errors import BundleError, CheckpointError, ParityError
+from holov_export.evaluate.data import Question
 from holov_export.evaluate.kept_answers import answers_of, kept_from_answers, obstacle_of, questions_at_hand
 from holov_export.evaluate.run import AskSettings
 from holov_export.extras import is_installed, require
-from holov_export.quantize.decoder_cache import cache_ranges, write_scales
+from holov_export.quantize.decoder_cache import Asked, cache_ranges, write_scales
 from holov_export.recipes import NamedPicture, pictures_of, recipe_from_name
-from holov_export.request import CacheRequest, ExportRequest, plan_from_request
+from holov_export.request import ExportRequest, plan_from_request
+from holov_export.runtime.preprocess import image_from
 from holov_export.spec import DecoderPrecision, ExportPlan
 from holov_export.targets import EngineTarget
 from holov_export.verify.answers import compare_decoder, too_large
@@ -58,6 +61,8 @@ Tell = Callable[[str], None]
 #: names of the reports that an export writes
 PARITY, READINESS, DECODER_ANSWERS = "parity.json", "readiness.json", "decoder.json"
 CACHE_RANGES = "decoder-kv-cache.json"
+#: of the questions at hand, so many show how large keys and values get
+QUESTIONS_SEEN = 32
 
 #: distributions whose versions go into a manifest
 _RECORDED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
@@ -96,7 +101,7 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
                 tell(f"build the decoder ({plan.decoder_name})")
                 _write_decoder(plan, checkpoint, work)
             else:
-                _write_decoder_with_cache(plan, checkpoint, work, request.decoder_kv_cache, pictures, tell)
+                _write_decoder_with_cache(plan, checkpoint, work, request, pictures, tell)
         bundle = Bundle(work, manifest_of(plan, work, hashed=False))
         report = None
         if request.verify:
@@ -290,19 +295,20 @@ def _write_decoder_with_cache(
     plan: ExportPlan,
     checkpoint: Checkpoint,
     work: Path,
-    asked: CacheRequest,
+    request: ExportRequest,
     pictures: Sequence[NamedPicture],
     tell: Tell,
 ) -> None:
     """Build the decoder twice: once to see how large keys and values get, once with scales for them."""
+    assert request.decoder_kv_cache is not None
     # a CPU runs no bf16, and of the graphs for CUDA only fp16's
     seen_in = DecoderPrecision.FP16 if plan.decoder is DecoderPrecision.BF16 else plan.decoder
     first = plan.model_copy(update={"decoder": seen_in, "decoder_provider": "cpu", "decoder_kv_cache": "float"})
     tell(f"build the decoder ({first.decoder_name}) for its keys and values")
     _write_decoder(first, checkpoint, work)
-    ranges = cache_ranges(
-        Bundle(work, manifest_of(first, work, hashed=False)), recipe_from_name(asked.recipe), pictures, tell=tell
-    )
+    bundle = Bundle(work, manifest_of(first, work, hashed=False))
+    recipe = recipe_from_name(request.decoder_kv_cache.recipe)
+    ranges = cache_ranges(bundle, recipe, pictures, _asked(bundle, request.questions), tell=tell)
     write_report(ranges, CACHE_RANGES, work)
     shutil.rmtree(work / DECODER)
     tell(f"build the decoder ({plan.decoder_name})")
@@ -310,6 +316,18 @@ def _write_decoder_with_cache(
         scales = Path(folder) / "scales.json"
         write_scales(scales, ranges.keys, ranges.values)
         _write_decoder(plan, checkpoint, work, scales)
+
+
+def _asked(bundle: Bundle, data: Path | None) -> list[Asked]:
+    """Some of the questions at hand, spread over all of them."""
+    dataset, _ = questions_at_hand(bundle, data)
+    questions = () if dataset is None else dataset.questions
+    step = max(1, -(-len(questions) // QUESTIONS_SEEN))
+    return [(partial(_picture_of, question), question.text) for question in questions[::step]]
+
+
+def _picture_of(question: Question) -> Image.Image:
+    return image_from(question.picture.read())
 
 
 def _write_decoder(plan: ExportPlan, checkpoint: Checkpoint, work: Path, cache_scales: Path | None = None) -> None:

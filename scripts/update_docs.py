@@ -40,6 +40,7 @@ from answer_tables import (
 )
 from check_estimates import document as estimates_document
 from gpu_report import gpu_block
+from precision_tables import demo_block, error_block, kept_block, ways_block
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -69,13 +70,19 @@ def documents() -> dict[Path, str]:
     plus = (ROOT / "docs" / "holov-plus.md").read_text(encoding="utf-8")
     inside = (ROOT / "docs" / "inner-methods.md").read_text(encoding="utf-8")
     published = (ROOT / "docs" / "published-results.md").read_text(encoding="utf-8")
+    cpu = (ROOT / "docs" / "cpu.md").read_text(encoding="utf-8")
+    for name, block in (("ways", ways_block()), ("kept", kept_block()), ("error", error_block())):
+        cpu = replaced(cpu, name, block)
+    quantize = (ROOT / "docs" / "quantize.md").read_text(encoding="utf-8")
     return {
         ROOT / "docs" / "cli.md": cli_reference(),
+        ROOT / "docs" / "cpu.md": cpu,
         ROOT / "docs" / "demo-answers.md": answers_document(),
         ROOT / "docs" / "estimates.md": estimates_document(),
         ROOT / "docs" / "holov-plus.md": replaced(plus, "study", study_block()),
         ROOT / "docs" / "inner-methods.md": replaced(inside, "demo-inside", inside_block()),
         ROOT / "docs" / "published-results.md": replaced(published, "published-answers", published_block()),
+        ROOT / "docs" / "quantize.md": replaced(quantize, "demo-precisions", demo_block()),
         ROOT / "engines" / "target.schema.json": target_schema_text(),
         ROOT / "calibration" / "recipe.schema.json": recipe_schema_text(),
         ROOT / "README.md": readme,
@@ -93,6 +100,7 @@ def blocks() -> dict[str, str]:
         "demo-answers": answers_block(),
         "published-answers": published_block(),
         "demo-cuts": cuts_block(),
+        "demo-precisions": demo_block(),
         "encoder": encoder_table(),
         "graphs": graphs_block(),
         "prefill": prefill_table(),

@@ -179,6 +179,7 @@ def print_report(report: ParityReport) -> None:
 
 def _parity_table(report: ParityReport) -> Any:
     """The comparisons of a report, one line each."""
+    precision = report.precision_name or report.precision.value
     made = table(
         "compared",
         "budget>",
@@ -188,7 +189,7 @@ def _parity_table(report: ParityReport) -> Any:
         "overlap>",
         "equal sets>",
         "",
-        title=f"parity, {report.method} {report.precision.value}, {len(report.pictures)} pictures",
+        title=f"parity, {report.method} {precision}, {len(report.pictures)} pictures",
     )
     for item in report.comparisons:
         rows = item.token_cosine < 1.0 or item.token_error > 0.0

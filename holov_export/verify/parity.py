@@ -103,11 +103,13 @@ class ParityReport(Frozen):
     """All comparisons of one bundle; goes to `reports/parity.json`.
 
     Attributes:
+        precision: of what is not quantised. precision_name: as people call the whole graph's.
         pictures: names of the pictures. skipped: what could not be compared here, with the reason.
         decoder: how the embedded decoder answered, None if it was not asked.
     """
 
     precision: Precision
+    precision_name: str = ""
     method: str
     pictures: tuple[str, ...]
     comparisons: tuple[Comparison, ...]

@@ -83,6 +83,7 @@ def parity_report(
         skipped.append(f"the reference: '{plan.policy.method}' reads features, which only torch gives")
     return ParityReport(
         precision=plan.precision,
+        precision_name=plan.precision_name,
         method=plan.method,
         pictures=tuple(name for name, _ in pictures),
         comparisons=tuple(comparisons),

@@ -72,11 +72,11 @@ def test_the_answer_counts_as_far_as_it_is_stored() -> None:
     assert (long > short).any()
 
 
-def test_scales_have_a_floor_of_their_layer(tmp_path: Path) -> None:
+def test_scales_have_room_and_a_floor_of_their_layer(tmp_path: Path) -> None:
     write_scales(tmp_path / "scales.json", [[127.0, 1.0, 254.0], [0.0, 0.0, 0.0]], [[1.27, 0.0, 12.7], [1.0, 1.0, 1.0]])
     found = json.loads((tmp_path / "scales.json").read_text(encoding="utf-8"))["scales"]
-    np.testing.assert_allclose(found["k_scales"], [[1.0, 254 / 32 / 127, 2.0], [1.0, 1.0, 1.0]])
-    np.testing.assert_allclose(found["v_scales"], [[0.01, 0.1 / 32, 0.1], [1 / 127] * 3])
+    np.testing.assert_allclose(found["k_scales"], [[2.0, 0.5, 4.0], [1.0, 1.0, 1.0]])
+    np.testing.assert_allclose(found["v_scales"], [[0.025, 0.025, 0.2], [2 / 127] * 3])
 
 
 # ----------------------------------------------------------------------------------------------------------- graph
@@ -166,6 +166,7 @@ def test_an_export_from_end_to_end(
     assert (plan.decoder_kv_cache, plan.decoder_name) == ("int8", "fp32, int8 KV")
     ranges = CacheRanges.model_validate_json((bundle.folder / REPORTS / CACHE_RANGES).read_text(encoding="utf-8"))
     assert len(ranges.pictures) == 2
+    assert ranges.questions == 0
     assert ranges.budgets == (plan.model.image_tokens // 9, plan.model.image_tokens)
     decoder = plan.model.decoder
     assert np.array(ranges.keys).shape == (decoder.layers, decoder.kv_heads * decoder.head_width)
@@ -187,6 +188,8 @@ def test_the_demo_model_answers_as_before(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "made" / REPORTS / DECODER_ANSWERS).read_text(encoding="utf-8"))
     assert found["decoders"] == ["fp32 (transformers)", "fp32, int8 KV"]
     assert found["at"][0]["same"] == found["questions"] >= 3
+    ranges = CacheRanges.model_validate_json((tmp_path / "made" / REPORTS / CACHE_RANGES).read_text(encoding="utf-8"))
+    assert ranges.questions == found["questions"]
     parity = json.loads((tmp_path / "made" / REPORTS / "parity.json").read_text(encoding="utf-8"))
     assert parity["decoder"]["kv_cache"] == "int8"
 
