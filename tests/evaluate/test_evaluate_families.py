@@ -66,9 +66,9 @@ def test_every_answer_is_that_of_a_session(made: FamilyBundle, data: Path, tmp_p
     out = tmp_path / "out"
     assert evaluated(made, data, out, "--budgets", "1/3,30,1/9") == 0
     found, plan = answered(out), made.bundle.manifest.plan
-    nominal = {share: round(plan.tokens * share) for share in SHARES}
+    nominal = {share: round(plan.model.image_tokens * share) for share in SHARES}
     cells = {(method, budget) for method, budget, _ in found}
-    assert cells == {("holov", plan.tokens)} | {
+    assert cells == {("holov", plan.model.image_tokens)} | {
         key
         for method in ("holov", "cls-topk")
         for key in ((method, 30), *((f"{method}, {share} of each", nominal[share]) for share in SHARES))
@@ -79,11 +79,11 @@ def test_every_answer_is_that_of_a_session(made: FamilyBundle, data: Path, tmp_p
             for question in dataset_from_jsonl(data).questions:
                 path = question.picture.path
                 assert path is not None
-                (whole,), _ = session.rows_of([path], budget=plan.tokens)
+                (whole,), _ = session.rows_of([path], budget=plan.model.image_tokens)
                 assert whole.layout is not None
                 own = tokens[question.picture.name] = whole.layout.tokens
                 for name, nominally, budget in (
-                    ("holov", plan.tokens, plan.tokens),
+                    ("holov", plan.model.image_tokens, plan.model.image_tokens),
                     (method, 30, 30),
                     *((f"{method}, {share} of each", nominal[share], round(own * share)) for share in SHARES),
                 ):
@@ -96,7 +96,7 @@ def test_every_answer_is_that_of_a_session(made: FamilyBundle, data: Path, tmp_p
                     newlines = entry.visual_tokens - min(budget, own)
                     assert newlines > 0 if made.bundle.newline else newlines == 0
     assert len(set(tokens.values())) > 1
-    assert min(tokens.values()) < plan.tokens
+    assert min(tokens.values()) < plan.model.image_tokens
 
 
 def test_the_report_says_which_budgets_are_shares(
@@ -105,7 +105,7 @@ def test_the_report_says_which_budgets_are_shares(
     out = tmp_path / "out"
     assert evaluated(made, data, out, "--methods", "holov") == 0
     said = capsys.readouterr()
-    report, tokens = evaluation_from_file(out / JSON), made.bundle.manifest.plan.tokens
+    report, tokens = evaluation_from_file(out / JSON), made.bundle.manifest.plan.model.image_tokens
     assert [cell.own_share for cell in report.cells] == ["1/3", "2/9", "1/9"]
     assert [cell.share for cell in report.cells] == [0.333333, 0.222222, 0.111111]
     assert report.sizes == (Fraction(1, 3), Fraction(2, 9), Fraction(1, 9))
@@ -141,7 +141,7 @@ def test_recommend_goes_on_with_the_same_shares(
 def test_a_second_run_with_a_number_does_not_take_the_answers_of_a_share(
     made: FamilyBundle, data: Path, tmp_path: Path
 ) -> None:
-    out, nominal = tmp_path / "out", round(made.bundle.manifest.plan.tokens / 9)
+    out, nominal = tmp_path / "out", round(made.bundle.manifest.plan.model.image_tokens / 9)
     assert evaluated(made, data, out, "--budgets", "1/9", "--methods", "holov") == 0
     first = answered(out)
     assert evaluated(made, data, out, "--budgets", str(nominal), "--methods", "holov") == 0
@@ -165,7 +165,7 @@ class TestPlans:
         assert [cell.asked for cell in plan.cells] == [plan.reference.asked]
 
     def test_budgets_that_cannot_be(self, made: FamilyBundle) -> None:
-        tokens = made.bundle.manifest.plan.tokens
+        tokens = made.bundle.manifest.plan.model.image_tokens
         with pytest.raises(BudgetError, match=r"the share 10/9 is outside 0\.\.1"):
             plan_from_bundle(made.bundle, (), (Fraction(10, 9),))
         with pytest.raises(BudgetError, match="two budgets are"):
@@ -216,5 +216,5 @@ class TestRefusals:
         path = data.with_name("long.jsonl")
         line = {"image": "0.png", "question": "7 " * plan.model.decoder.context, "answers": ["x"]}
         path.write_text(json.dumps(line) + "\n", encoding="utf-8")
-        with pytest.raises(PromptError, match=f"beside the {plan.tokens + rows} of the largest picture"):
+        with pytest.raises(PromptError, match=f"beside the {plan.model.image_tokens + rows} of the largest picture"):
             check_prompts(made.bundle, dataset_from_jsonl(path), AskSettings())
