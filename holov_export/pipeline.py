@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,14 +39,11 @@ from holov_export.compile.machine import check_gpu, this_machine
 from holov_export.compile.readiness import ReadinessReport, readiness_of
 from holov_export.engine import Engine
 from holov_export.errors import BundleError, CheckpointError, ParityError
-from holov_export.evaluate.data import Question
 from holov_export.evaluate.kept_answers import answers_of, kept_from_answers, obstacle_of, questions_at_hand
 from holov_export.evaluate.run import AskSettings
 from holov_export.extras import is_installed, require
-from holov_export.quantize.decoder_cache import Asked, cache_ranges, write_scales
-from holov_export.recipes import NamedPicture, pictures_of, recipe_from_name
+from holov_export.pipeline_decoder import cache_material, write_decoder, write_decoder_with_cache
 from holov_export.request import ExportRequest, plan_from_request
-from holov_export.runtime.preprocess import image_from
 from holov_export.spec import DecoderPrecision, ExportPlan
 from holov_export.targets import EngineTarget
 from holov_export.verify.answers import compare_decoder, too_large
@@ -61,8 +56,6 @@ Tell = Callable[[str], None]
 #: names of the reports that an export writes
 PARITY, READINESS, DECODER_ANSWERS = "parity.json", "readiness.json", "decoder.json"
 CACHE_RANGES = "decoder-kv-cache.json"
-#: of the questions at hand, so many show how large keys and values get
-QUESTIONS_SEEN = 32
 
 #: distributions whose versions go into a manifest
 _RECORDED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
@@ -82,9 +75,9 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
         HolovExportError: see `errors`; ParityError if the exported graph differs from torch or the reference.
     """
     _require_packages(request)
-    pictures = _cache_pictures(request)
     tell("resolve the checkpoint")
     plan, output = plan_from_request(request)
+    material = cache_material(request, plan)
     checkpoint = checkpoint_from_reference(reference_from_name(request.model))
     with atomic_folder(output, overwrite=request.overwrite) as work:
         for view in Bundle(work, manifest_of(plan, work, hashed=False)).views:
@@ -97,11 +90,13 @@ def export_bundle(request: ExportRequest, *, tell: Tell = silent) -> tuple[Bundl
             write_report(readiness_of(view.vision), report_file(READINESS, view), work)
         _copy_tokenizer(checkpoint.folder, work)
         if plan.decoder is not None:
-            if request.decoder_kv_cache is None:
+            if material is None:
                 tell(f"build the decoder ({plan.decoder_name})")
-                _write_decoder(plan, checkpoint, work)
+                write_decoder(plan, checkpoint.folder, work / DECODER)
             else:
-                _write_decoder_with_cache(plan, checkpoint, work, request, pictures, tell)
+                unfinished = Bundle(work, manifest_of(plan, work, hashed=False))
+                ranges = write_decoder_with_cache(unfinished, checkpoint.folder, material, tell)
+                write_report(ranges, CACHE_RANGES, work)
         bundle = Bundle(work, manifest_of(plan, work, hashed=False))
         report = None
         if request.verify:
@@ -137,7 +132,7 @@ def _verified(bundle: Bundle, checkpoint: Path, work: Path, tell: Tell) -> Parit
 
 def _report_decoder(bundle: Bundle, checkpoint: Path, questions: Path | None, tell: Tell) -> None:
     """Write what a decoder of few bits answers beside transformers' float32, if questions are at hand; not judged."""
-    dataset, reason = questions_at_hand(bundle, questions)
+    dataset, reason = questions_at_hand(bundle.manifest.plan, questions)
     reason = reason or obstacle_of(bundle) or too_large(checkpoint)
     if dataset is None or reason:
         tell(f"the decoder's answers are not compared: {reason}")
@@ -152,7 +147,9 @@ def _report_decoder(bundle: Bundle, checkpoint: Path, questions: Path | None, te
 
 def _require_packages(request: ExportRequest) -> None:
     """What an export imports late is asked for before it begins: a 7B model takes long to get there."""
-    late = {"onnxruntime": request.verify, "onnxruntime_genai": request.decoder is not None}
+    seen = request.decoder is not None and request.decoder_kv_cache is not None
+    late = {"onnxruntime": request.verify or seen, "onnxruntime_genai": request.decoder is not None}
+    late |= {"tokenizers": seen, "jinja2": seen}
     for module, needed in late.items():
         if needed and not is_installed(module):
             require(module)
@@ -273,76 +270,6 @@ def _write_newline(checkpoint: Checkpoint, work: Path) -> None:
 
     with SafetensorsReader(checkpoint.folder) as reader:
         np.save(work / NEWLINE, newline_from_checkpoint(reader))
-
-
-def _cache_pictures(request: ExportRequest) -> tuple[NamedPicture, ...]:
-    """The pictures that scales of 8-bit keys and values come from, found before an export that may take long.
-
-    Raises:
-        EnvironmentFaultError: this onnxruntime-genai builds no such decoder.
-        HolovExportError: see `recipes`.
-    """
-    if request.decoder_kv_cache is None:
-        return ()
-    from holov_export.export.decoder_onnx import check_cache_version
-
-    check_cache_version(str(require("onnxruntime_genai").__version__))
-    recipe = recipe_from_name(request.decoder_kv_cache.recipe)
-    return pictures_of(recipe, request.decoder_kv_cache.pictures).calibrate
-
-
-def _write_decoder_with_cache(
-    plan: ExportPlan,
-    checkpoint: Checkpoint,
-    work: Path,
-    request: ExportRequest,
-    pictures: Sequence[NamedPicture],
-    tell: Tell,
-) -> None:
-    """Build the decoder twice: once to see how large keys and values get, once with scales for them."""
-    assert request.decoder_kv_cache is not None
-    # a CPU runs no bf16, and of the graphs for CUDA only fp16's
-    seen_in = DecoderPrecision.FP16 if plan.decoder is DecoderPrecision.BF16 else plan.decoder
-    first = plan.model_copy(update={"decoder": seen_in, "decoder_provider": "cpu", "decoder_kv_cache": "float"})
-    tell(f"build the decoder ({first.decoder_name}) for its keys and values")
-    _write_decoder(first, checkpoint, work)
-    bundle = Bundle(work, manifest_of(first, work, hashed=False))
-    recipe = recipe_from_name(request.decoder_kv_cache.recipe)
-    ranges = cache_ranges(bundle, recipe, pictures, _asked(bundle, request.questions), tell=tell)
-    write_report(ranges, CACHE_RANGES, work)
-    shutil.rmtree(work / DECODER)
-    tell(f"build the decoder ({plan.decoder_name})")
-    with tempfile.TemporaryDirectory() as folder:
-        scales = Path(folder) / "scales.json"
-        write_scales(scales, ranges.keys, ranges.values)
-        _write_decoder(plan, checkpoint, work, scales)
-
-
-def _asked(bundle: Bundle, data: Path | None) -> list[Asked]:
-    """Some of the questions at hand, spread over all of them."""
-    dataset, _ = questions_at_hand(bundle, data)
-    questions = () if dataset is None else dataset.questions
-    step = max(1, -(-len(questions) // QUESTIONS_SEEN))
-    return [(partial(_picture_of, question), question.text) for question in questions[::step]]
-
-
-def _picture_of(question: Question) -> Image.Image:
-    return image_from(question.picture.read())
-
-
-def _write_decoder(plan: ExportPlan, checkpoint: Checkpoint, work: Path, cache_scales: Path | None = None) -> None:
-    from holov_export.export.decoder_onnx import decoder_from_checkpoint
-
-    assert plan.decoder is not None
-    decoder_from_checkpoint(
-        checkpoint.folder,
-        work / DECODER,
-        plan.model.decoder,
-        plan.decoder,
-        provider=plan.decoder_provider,
-        int4=plan.decoder_int4,
-        cache_scales=cache_scales,
-    )
 
 
 def _copy_tokenizer(folder: Path, work: Path) -> None:

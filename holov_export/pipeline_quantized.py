@@ -315,7 +315,7 @@ def _report(order: _Order, before: Bundle, after: Bundle, summary: QuantizedSumm
         accepted_loss=order.request.accept_loss,
         tell=order.tell,
     )
-    questions, reason = questions_at_hand(before, order.request.questions)
+    questions, reason = questions_at_hand(before.manifest.plan, order.request.questions)
     reason = (
         reason
         or obstacle_of(before)

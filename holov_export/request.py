@@ -90,7 +90,8 @@ class ExportRequest:
         newlines: the rows of a picture that keep a token keep their newline embedding (LLaVA-NeXT).
         decoder_int4: of an int4 decoder; None for the usual way.
         decoder_kv_cache: keys and values in 8 bits; None leaves them in the type of the activations.
-        questions: a file of questions that a decoder of few bits is compared on; None for those at hand.
+        questions: a file of questions that a decoder of few bits is compared on, and that scales of its keys and
+            values also come from; None for those at hand.
         quantize: the vision graphs; None leaves them in `precision`.
     """
 
@@ -163,7 +164,14 @@ def plan_from_request(request: ExportRequest) -> tuple[ExportPlan, Path]:
 
 
 def _check_cache(request: ExportRequest) -> None:
-    """Refuse 8-bit keys and values without a decoder, or whose scales cannot be found on this machine's CPU."""
+    """Refuse 8-bit keys and values without a decoder, or whose scales cannot be found on this machine's CPU.
+
+    Raises:
+        HolovExportError: also of the recipe and its pictures, see `recipes`.
+    """
+    from holov_export.recipes import pictures_of, recipe_from_name
+
+    assert request.decoder_kv_cache is not None
     if request.decoder is None:
         raise UsageError("there are no keys and values without a decoder.", hint="Leave --decoder-kv-cache away.")
     if request.precision is Precision.BF16:
@@ -171,6 +179,7 @@ def _check_cache(request: ExportRequest) -> None:
             "scales of 8-bit keys and values come from answers on the CPU, where no bf16 vision graph runs.",
             hint="Choose --fp16 or --fp32.",
         )
+    pictures_of(recipe_from_name(request.decoder_kv_cache.recipe), request.decoder_kv_cache.pictures)
 
 
 def usual_name(plan: ExportPlan) -> str:

@@ -281,8 +281,6 @@ def measured(
     built: dict[str, float] = {}
     scales = work / "scales.json"
     for way in WAYS:
-        if way.cache and not scales.is_file():
-            scales_from_prompts(work / FULL, spec, others, scales)
         began = time.perf_counter()
         decoder_from_checkpoint(
             checkpoint,
@@ -293,6 +291,8 @@ def measured(
             cache_scales=scales if way.cache else None,
         )
         built[way.name] = time.perf_counter() - began
+        if way.name == FULL:
+            scales_from_prompts(work / FULL, spec, others, scales)
     longest = next(prompt for prompt in prompts if len(prompt.rows) == SPEED_ROWS[model])
     endless = spec.model_copy(update={"eos_token_ids": ()})
     decoders = {way.name: GenaiDecoder(work / way.name, endless, provider="cpu", threads=1) for way in WAYS}

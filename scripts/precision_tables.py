@@ -89,6 +89,19 @@ def demo_block() -> str:
     return "\n".join([*markdown(head, rows), "", note])
 
 
+def readme_block() -> str:
+    """README: the demo model's answers, and what int8 takes on a CPU."""
+    ways = {tower: read("precisions-cpu.json")["towers"][tower]["ways"] for tower in TOWERS}
+    plain, int8 = ways["1"]["ORT fp32"], ways["1"]["int8 for CPU"]
+    shares = sorted({f"{rows['int8 for CPU']['ratio_to_ort_fp32']:.2f}" for rows in ways.values()})
+    said = (
+        f"On a CPU the int8 form takes {' to '.join(shares)} of float32's time and "
+        f"{int8['megabytes'] / plain['megabytes']:.2f} of its size on the true-size tower; what it loses there is in "
+        "[docs/cpu.md](docs/cpu.md)."
+    )
+    return f"{demo_block()}\n\n{said}"
+
+
 def _first(result: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = next(iter(result["precisions"].values()))
     return found

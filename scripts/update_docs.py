@@ -40,7 +40,7 @@ from answer_tables import (
 )
 from check_estimates import document as estimates_document
 from gpu_report import gpu_block
-from precision_tables import demo_block, error_block, kept_block, ways_block
+from precision_tables import demo_block, error_block, kept_block, readme_block, ways_block
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -100,7 +100,7 @@ def blocks() -> dict[str, str]:
         "demo-answers": answers_block(),
         "published-answers": published_block(),
         "demo-cuts": cuts_block(),
-        "demo-precisions": demo_block(),
+        "demo-precisions": readme_block(),
         "encoder": encoder_table(),
         "graphs": graphs_block(),
         "prefill": prefill_table(),

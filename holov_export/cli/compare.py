@@ -147,7 +147,7 @@ def _questions(
     """(what both are asked, "") or (None, the reason)."""
     if question is not None:
         return question_about(pictures, question), ""
-    found, _ = questions_at_hand(bundle, data)
+    found, _ = questions_at_hand(bundle.manifest.plan, data)
     return (found, "") if found is not None else (question_about(pictures, _QUESTION), "")
 
 

@@ -83,8 +83,8 @@ from holov_export.targets import EngineTarget
     type=click.Choice(get_args(CacheType)),
     default="float",
     show_default=True,
-    help="What the embedded decoder stores keys and values in. Scales of int8 come from answers about the pictures of "
-    "--recipe.",
+    help="What the embedded decoder stores keys and values in. Scales of int8 come from answers about up to 32 of the "
+    "pictures of --recipe and 32 of the --questions.",
 )
 @click.option("--no-decoder", is_flag=True, help="Leave the decoder out: vision graph and tokenizer only.")
 @click.option(

@@ -167,11 +167,12 @@ def print_report(report: ParityReport) -> None:
     OUT.print(_parity_table(report))
     answers = report.decoder
     if answers is not None:
+        verdict = "not judged" if not answers.judged else "ok" if answers.passed else "FAILED"
         cache = "" if answers.kv_cache == "float" else ", int8 KV"
         OUT.print(
             f"decoder {answers.precision.value}{cache} = transformers: "
             f"{answers.identical} of {answers.prompts} answers of {answers.new_tokens} tokens identical, "
-            f"{answers.first_token_same} begin alike  {'ok' if answers.passed else 'FAILED'}"
+            f"{answers.first_token_same} begin alike  {verdict}"
         )
     for reason in report.skipped:
         say(f"not compared: {reason}")

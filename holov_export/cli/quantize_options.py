@@ -55,7 +55,7 @@ _OPTIONS = (
         "--questions",
         type=UserPath(),
         metavar="FILE",
-        help="Questions, as `evaluate` reads them, to compare answers on.",
+        help="Questions, as `evaluate` reads them, to compare answers on, and to find scales of 8-bit keys and values.",
     ),
     click.option("--accept-loss", is_flag=True, help="Write the bundle even if it loses more than the recipe allows."),
 )

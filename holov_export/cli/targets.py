@@ -264,8 +264,9 @@ def _verdict(found: Estimate) -> str:
     if found.fits:
         return f"fits: {needed} of {usable}"
     prompt = found.rows[0].budget + found.text_tokens
+    or_8 = ", and --decoder-kv-cache int8 leaves room for more" if found.kv_cache == "float" else ""
     if found.context_that_fits >= prompt:
-        return f"does not fit: {needed}, {usable} are usable; it would with --context {found.context_that_fits}"
+        return f"does not fit: {needed}, {usable} are usable; it would with --context {found.context_that_fits}{or_8}"
     smaller = [] if found.decoder_precision is DecoderPrecision.INT4 else ["--decoder-precision int4"]
     smaller += ["a smaller --batch"] if found.batch > 1 else []
     advice = f"; try {', '.join(smaller)}" if smaller else ""

@@ -29,7 +29,7 @@ from holov_export.evaluate.score import chosen_metrics
 from holov_export.extras import is_installed
 from holov_export.quantize.precision_report import AnswerPair, AnswersAt, AnswersKept, Estimated
 from holov_export.runtime.runner import checked_budget
-from holov_export.spec import DecoderPrecision, Precision
+from holov_export.spec import DecoderPrecision, ExportPlan, Precision
 
 #: where no budgets are named: a ninth, what a bundle keeps by itself
 USUAL_SIZES: tuple[Size, ...] = (Fraction(1, 9),)
@@ -50,7 +50,7 @@ class Answers:
     texts: tuple[tuple[str, ...], ...]
 
 
-def questions_at_hand(bundle: Bundle, data: Path | None = None) -> tuple[Dataset | None, str]:
+def questions_at_hand(plan: ExportPlan, data: Path | None = None) -> tuple[Dataset | None, str]:
     """(questions to ask, "") or (None, why there are none): the user's, or for the demo model the shipped scenes.
 
     Raises:
@@ -60,7 +60,7 @@ def questions_at_hand(bundle: Bundle, data: Path | None = None) -> tuple[Dataset
         found = dataset_from_path(data)
         check_pictures(found)
         return found, ""
-    source = bundle.manifest.plan.source
+    source = plan.source
     if source.kind == "bundled" and source.name == "demo":
         return demo_questions(), ""
     return None, "no questions at hand"

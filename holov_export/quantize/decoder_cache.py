@@ -1,16 +1,15 @@
 """Scales of an embedded decoder's 8-bit keys and values: from what its answers store.
 
-Answers to one question about a recipe's pictures, and to questions of the application where some are at hand: a model
-that is asked about other things than it was seen with clips what it stores.
-
-One scale for each channel of each head. Keys are stored turned by their positions, so a channel of theirs holds both
-numbers of its pair by turns.
+Answers to one question about a recipe's pictures, and to questions of the application where some are at hand. One scale
+for each channel of each head; what is larger than everything that was seen is clipped.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,26 +19,46 @@ from holov_export.bundle import Bundle
 from holov_export.errors import CheckFailedError
 from holov_export.policies import Frozen
 from holov_export.quantize.observe import Tell, budgets_of, names_of, silent
-from holov_export.recipes import NamedPicture, Recipe, recipe_sha256
+from holov_export.recipes import Budget, NamedPicture, Recipe, recipe_sha256
 from holov_export.runtime.decoder_ort import OrtDecoder
 from holov_export.runtime.session import Session
+from holov_export.spec import ExportPlan
 from holov_export.tensors import FloatArray, SamplingSettings, StitchedPrompt
+from holov_export.verify.pictures import pixels_for
 
 #: the pictures of a recipe are asked this; this many tokens of an answer count
 QUESTION = "what is shown?"
 NEW_TOKENS = 32
 #: int8 reaches as far on both sides
 _LARGEST = 127
-#: scales reach so far beyond what was seen, because clipping costs more than coarser rounding. The demo model's logits,
-#: root mean square of 400 questions about its scenes: seen with photographs, where channels stay up to four times
-#: smaller, 0.27 off without room, 0.12 with twice, 0.014 with four times; seen with its own scenes 0.053, 0.010, 0.025.
-_HEADROOM = 2
+#: scales reach so far beyond what was seen, because clipping costs more than coarser rounding. Of keys the length of a
+#: rotary pair counts already, which has room for other positions. Logits of the demo model, root mean square of 400
+#: questions about its scenes, seen with photographs alone: 0.27 off with the channels of keys and no room, 0.12 with
+#: twice, 0.0144 with the pairs and no room and values twice, 0.0138 with the pairs 1.5 times, 0.035 with twice.
+_KEY_ROOM, _VALUE_ROOM = 1.25, 2.0
 #: and for the same reason no scale is below this share of the layer's largest
 _SMALLEST_SHARE = 1 / 8
-
+#: answers between two messages
+_TOLD = 16
 
 #: a picture, opened when it is its turn, and a question about it
 Asked = tuple[Callable[[], Image.Image], str]
+
+
+@dataclass(frozen=True)
+class SeenIn:
+    """What is asked.
+
+    Attributes:
+        pictures: of the recipe, which also names the budgets.
+        questions: those of the application, each with its picture. data, data_sha256: of the file that they are from.
+    """
+
+    recipe: Recipe
+    pictures: Sequence[NamedPicture]
+    questions: Sequence[Asked] = ()
+    data: str = ""
+    data_sha256: str = ""
 
 
 class CacheRanges(Frozen):
@@ -47,18 +66,21 @@ class CacheRanges(Frozen):
 
     Attributes:
         recipe, recipe_sha256, pictures: what was looked at, the pictures by (name, sha256).
-        questions: how many others were asked, about pictures of their own.
-        new_tokens: the longest answer. budgets: visual tokens of each answer.
+        questions: how many others were asked, about pictures of their own. data, data_sha256: the file they are from.
+        new_tokens: the longest answer. budgets: of each picture, shares are of its own tokens.
         longest: tokens of the longest prompt.
-        keys, values: largest absolute value of each channel of each head, [layers][kv_heads * head_width].
+        keys, values: of each channel of each head, [layers][kv_heads * head_width]: largest absolute value, of keys
+            largest length of its rotary pair.
     """
 
     recipe: str
     recipe_sha256: str
     pictures: tuple[tuple[str, str], ...]
     questions: int
+    data: str = ""
+    data_sha256: str = ""
     new_tokens: int = NEW_TOKENS
-    budgets: tuple[int, ...]
+    budgets: tuple[Budget, ...]
     longest: int
     keys: tuple[tuple[float, ...], ...]
     values: tuple[tuple[float, ...], ...]
@@ -83,25 +105,17 @@ class _Watching:
         return iter(())
 
     def close(self) -> None:
-        self._decoder.close()
+        """Nothing: who made the decoder closes it."""
 
 
-def cache_ranges(
-    bundle: Bundle,
-    recipe: Recipe,
-    pictures: Sequence[NamedPicture],
-    questions: Sequence[Asked] = (),
-    *,
-    threads: int | None = None,
-    tell: Tell = silent,
-) -> CacheRanges:
+def cache_ranges(bundle: Bundle, seen_in: SeenIn, *, threads: int | None = None, tell: Tell = silent) -> CacheRanges:
     """Answer a question about every picture, and all questions, at the recipe's budgets, and look at what is stored.
 
     Args:
         bundle: with a decoder whose keys and values are float32 or float16 and that runs on the CPU; it needs no
             manifest on disk.
-        questions: those of the application, each with its picture.
         threads: CPU threads; None for one per core.
+        tell: hears now and then how many answers there are.
 
     Raises:
         CheckFailedError: a key or value is not finite; names the layer.
@@ -110,31 +124,29 @@ def cache_ranges(
     """
     plan = bundle.manifest.plan
     assert bundle.decoder is not None
-    watching = _Watching(OrtDecoder(bundle.decoder, plan.model.decoder, provider="cpu", threads=threads))
-    budgets = budgets_of(recipe, plan.tokens)
+    cases = [*((picture.image, QUESTION) for picture in seen_in.pictures), *seen_in.questions]
     sampling = SamplingSettings(max_new_tokens=NEW_TOKENS)
-    with Session.open(bundle, decoder=watching, provider="cpu", threads=threads) as session:
-        tell(f"look at the keys and values of answers ({len(pictures)} pictures, {len(questions)} questions)")
-        for image, question in (*((picture.image, QUESTION) for picture in pictures), *questions):
-            seen = image()
-            for budget in budgets:
-                session.ask(seen, question, budget=budget, sampling=sampling)
+    with closing(OrtDecoder(bundle.decoder, plan.model.decoder, provider="cpu", threads=threads)) as decoder:
+        watching = _Watching(decoder)
+        with Session.open(bundle, decoder=watching, provider="cpu", threads=threads) as session:
+            for number, (open_picture, question) in enumerate(cases):
+                if number % _TOLD == 0:
+                    tell(f"look at keys and values: answers about {number} of {len(cases)} pictures seen")
+                picture = open_picture()
+                for budget in budgets_of(seen_in.recipe, _own_tokens(plan, picture)):
+                    session.ask(picture, question, budget=budget, sampling=sampling)
     assert watching.keys is not None
     assert watching.values is not None
-    for kind, found in (("keys", watching.keys), ("values", watching.values)):
-        for layer, row in enumerate(found):
-            if not np.isfinite(row).all():
-                raise CheckFailedError(
-                    f"the {kind} of the decoder's layer {layer} are not finite (NaN or infinite).",
-                    hint="float16 ends at 65504: choose --decoder-precision fp32. Or look whether the weights are "
-                    "sound.",
-                )
+    _check_finite("keys", watching.keys, plan)
+    _check_finite("values", watching.values, plan)
     return CacheRanges(
-        recipe=recipe.name,
-        recipe_sha256=recipe_sha256(recipe),
-        pictures=names_of(pictures),
-        questions=len(questions),
-        budgets=budgets,
+        recipe=seen_in.recipe.name,
+        recipe_sha256=recipe_sha256(seen_in.recipe),
+        pictures=names_of(seen_in.pictures),
+        questions=len(seen_in.questions),
+        data=seen_in.data,
+        data_sha256=seen_in.data_sha256,
+        budgets=tuple(seen_in.recipe.budgets),
         longest=watching.longest,
         keys=_rows(watching.keys),
         values=_rows(watching.values),
@@ -149,18 +161,40 @@ def write_scales(path: Path, keys: Sequence[Sequence[float]], values: Sequence[S
 
     Source: onnxruntime_genai 0.18 models/builders/base.py, make_kv_cache_scale_initializers.
     """
-    scales = {"k_scales": _scales(keys), "v_scales": _scales(values)}
+    scales = {"k_scales": _scales(keys, _KEY_ROOM), "v_scales": _scales(values, _VALUE_ROOM)}
     path.write_text(json.dumps({"scales": scales}), encoding="utf-8")
 
 
-def _scales(largest: Sequence[Sequence[float]]) -> list[list[float]]:
+def _scales(largest: Sequence[Sequence[float]], room: float) -> list[list[float]]:
     """A positive scale for each channel; 1 for those of a layer that stores nothing but zeros."""
     found = []
     for row in largest:
-        values = np.asarray(row, dtype=np.float64) * _HEADROOM
+        values = np.asarray(row, dtype=np.float64) * room
         least = values.max() * _SMALLEST_SHARE
         found.append((np.maximum(values, least) / _LARGEST if least > 0 else np.ones_like(values)).tolist())
     return found
+
+
+def _own_tokens(plan: ExportPlan, picture: Image.Image) -> int:
+    """N of a picture, where pictures have unequal numbers of tokens."""
+    layouts = pixels_for(plan, [picture]).layouts if plan.packed else ()
+    return layouts[0].tokens if layouts else plan.tokens
+
+
+def _check_finite(kind: str, found: FloatArray, plan: ExportPlan) -> None:
+    """Refuse a layer whose keys or values are not finite.
+
+    Raises:
+        CheckFailedError: names it.
+    """
+    for layer, row in enumerate(found):
+        if not np.isfinite(row).all():
+            where = "" if plan.decoder is None else f", seen in {plan.decoder.value}"
+            raise CheckFailedError(
+                f"the {kind} of the decoder's layer {layer} are not finite (NaN or infinite{where}).",
+                hint="float16 ends at 65504: choose --decoder-precision fp32, or keys and values in float. Or look "
+                "whether the weights are sound.",
+            )
 
 
 def _rows(found: FloatArray) -> tuple[tuple[float, ...], ...]:

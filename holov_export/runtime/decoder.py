@@ -90,6 +90,16 @@ def end_tokens(spec: DecoderSpec, sampling: SamplingSettings) -> frozenset[int]:
     return frozenset(spec.eos_token_ids) | frozenset(sampling.stop_token_ids)
 
 
+def load_hint(error: Exception) -> str:
+    """What to do about a decoder that does not load; "" if nothing is known.
+
+    onnxruntime 1.23.2 and 1.24.4 refuse the attention of 8-bit keys and values, 1.25.1 and later load it.
+    """
+    if "GroupQueryAttention" not in str(error):
+        return ""
+    return "A decoder with 8-bit keys and values needs ONNX Runtime 1.25: pip install --upgrade onnxruntime"
+
+
 def token_from_logits(logits: npt.NDArray[np.floating], sampling: SamplingSettings, dice: np.random.Generator) -> int:
     """Pick a token: the most likely one at temperature 0, else drawn after temperature, top-k and top-p.
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from holov_export.errors import BundleError, EnvironmentFaultError, UnknownNameError, UsageError
 from holov_export.extras import require
-from holov_export.runtime.decoder import check_genai, check_prompt, check_sampling, end_tokens
+from holov_export.runtime.decoder import check_genai, check_prompt, check_sampling, end_tokens, load_hint
 from holov_export.spec import DecoderSpec
 from holov_export.tensors import SamplingSettings, StitchedPrompt
 
@@ -101,7 +101,8 @@ class GenaiDecoder:
             self._model: Any = self._genai.Model(config)
         except RuntimeError as error:
             raise EnvironmentFaultError(
-                f"ONNX Runtime GenAI {self._genai.__version__} cannot load the decoder on {device}: {error}"
+                f"ONNX Runtime GenAI {self._genai.__version__} cannot load the decoder on {device}: {error}",
+                hint=load_hint(error),
             ) from error
         self.name = f"onnxruntime-genai {self._genai.__version__} ({device})"
 

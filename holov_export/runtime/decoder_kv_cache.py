@@ -32,7 +32,7 @@ TAKES: dict[str, dict[KvCache, str]] = {
 #: (why not, what to do instead)
 _EMBEDDED = (
     "what the embedded decoder stores is in its graph",
-    "Export the bundle with --decoder-kv-cache int8, or choose --decoder llamacpp.",
+    "It is int8 in bundles exported with --decoder-kv-cache int8, see `inspect`. Or choose --decoder llamacpp or vllm.",
 )
 _INSTEAD: dict[str, tuple[str, str]] = {
     "llamacpp": ("llama.cpp has no 8-bit floats", "Choose --kv-cache int8."),

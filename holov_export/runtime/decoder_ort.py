@@ -5,7 +5,8 @@ for them work the numbers out of the picture's grid, which is wrong where tokens
 
 Keys and values stay in one buffer on the device, long enough for the prompt and its answer: the graph's attention
 appends to it in place, as it does under GenAI (`past_present_share_buffer`). A graph that was built so stores them in
-8 bits, with scales of its own. CUDA has not run on a real GPU yet.
+8 bits, with scales of its own; GenAI's configuration then shares no buffer on a CPU, here it is the same. CUDA has not
+run on a real GPU yet.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from holov_export.errors import BundleError, EnvironmentFaultError, PromptError, UnknownNameError
 from holov_export.extras import require
-from holov_export.runtime.decoder import check_prompt, check_sampling, end_tokens, token_from_logits
+from holov_export.runtime.decoder import check_prompt, check_sampling, end_tokens, load_hint, token_from_logits
 from holov_export.runtime.ort_providers import CPU, CUDA
 from holov_export.spec import DecoderSpec
 from holov_export.tensors import FloatArray, Int64Array, SamplingSettings, StitchedPrompt
@@ -94,7 +95,8 @@ class OrtDecoder:
             if provider == "auto" and has_cuda:
                 return self._opened(path, "cpu", threads)
             raise EnvironmentFaultError(
-                f"ONNX Runtime {self._ort.__version__} cannot load the decoder's {path.name}: {error}"
+                f"ONNX Runtime {self._ort.__version__} cannot load the decoder's {path.name}: {error}",
+                hint=load_hint(error),
             ) from error
         session.disable_fallback()
         if provider == "cuda" and session.get_providers()[0] != CUDA:
@@ -110,6 +112,10 @@ class OrtDecoder:
         Raises:
             PromptError: also where the prompt and its answer are longer than the context.
         """
+        self._check(prompt, sampling)
+        return self._tokens(prompt, sampling)
+
+    def _check(self, prompt: StitchedPrompt, sampling: SamplingSettings) -> None:
         check_prompt(prompt, self._spec)
         check_sampling(sampling)
         if self._decoder is None:
@@ -121,30 +127,30 @@ class OrtDecoder:
                 f"{self._spec.context}.",
                 hint="Lower max_new_tokens, shorten the prompt or lower the budget.",
             )
-        return self._tokens(prompt, sampling)
 
     def largest_stored(self, prompt: StitchedPrompt, sampling: SamplingSettings) -> tuple[FloatArray, FloatArray]:
         """How large the keys and values get that a prompt and its answer store.
 
+        Keys are turned by their positions, channels i and i + head_width / 2 of a head together, so at another position
+        either can be as large as both are long: that length counts for both.
+
         Returns:
-            (keys, values): float32 [layers, kv_heads * head_width] each, largest absolute values over the tokens. Keys
-            are turned by their positions, as they are stored.
+            (keys, values): float32 [layers, kv_heads * head_width] each, largest over the tokens: lengths of the pairs
+            of keys, absolute values of values.
 
         Raises:
             as `stream`; and EnvironmentFaultError where this graph does not store float32 or float16.
         """
+        self._check(prompt, sampling)
         if any(self._inputs[past].type not in _READABLE for past, _ in self._caches):
             raise EnvironmentFaultError("the decoder's keys and values are neither float32 nor float16.")
         binding, caches = self._binding(len(prompt) + sampling.max_new_tokens)
         answer = list(self._tokens(prompt, sampling, binding))
         # the last of an answer that did not end by itself is not stored
         stored = len(prompt) + min(len(answer), sampling.max_new_tokens - 1)
-        largest = {
-            name: np.abs(cache.numpy()[0, :, :stored].astype(np.float32)).max(axis=1).reshape(-1)
-            for name, cache in caches.items()
-        }
-        keys = [value for name, value in largest.items() if name.endswith(".key")]
-        values = [value for name, value in largest.items() if name.endswith(".value")]
+        held = {name: cache.numpy()[0, :, :stored].astype(np.float32) for name, cache in caches.items()}
+        keys = [_pair_lengths(rows).max(axis=1).ravel() for name, rows in held.items() if name.endswith(".key")]
+        values = [np.abs(rows).max(axis=1).ravel() for name, rows in held.items() if name.endswith(".value")]
         return np.stack(keys), np.stack(values)
 
     def _tokens(self, prompt: StitchedPrompt, sampling: SamplingSettings, binding: Any = None) -> Iterator[int]:
@@ -213,6 +219,13 @@ class OrtDecoder:
     def close(self) -> None:
         """Release the sessions."""
         self._decoder = self._embedding = self._rows = None
+
+
+def _pair_lengths(keys: FloatArray) -> FloatArray:
+    """Length of the rotary pair that each number of keys [heads, S, D] belongs to, same shape."""
+    left, right = np.split(keys, 2, axis=-1)
+    lengths = np.hypot(left, right)
+    return np.concatenate([lengths, lengths], axis=-1)
 
 
 def _cache_names(session: Any, folder: Path) -> list[tuple[str, str]]:

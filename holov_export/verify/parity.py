@@ -98,6 +98,11 @@ class DecoderComparison(Frozen):
     first_token_same: int
     passed: bool
 
+    @property
+    def judged(self) -> bool:
+        """False where a difference is reported and nothing more."""
+        return self.precision in (DecoderPrecision.FP32, DecoderPrecision.FP16) and self.kv_cache == "float"
+
 
 class ParityReport(Frozen):
     """All comparisons of one bundle; goes to `reports/parity.json`.

@@ -181,22 +181,22 @@ class TestWhatIsAtHand:
         source = CheckpointSource(kind="bundled", name="demo")
         plan = toy_bundle.manifest.plan.model_copy(update={"source": source})
         demo = Bundle(toy_bundle.folder, toy_bundle.manifest.model_copy(update={"plan": plan}))
-        found, reason = questions_at_hand(demo)
+        found, reason = questions_at_hand(demo.manifest.plan)
         assert found == demo_questions() and reason == ""
         assert len(demo_questions().questions) == len(demo_questions().pictures) == 3
         for question in demo_questions().questions:
             assert question.answers and question.picture.read()[:4] == b"\x89PNG"
 
     def test_none_for_others(self, toy_bundle: Bundle) -> None:
-        assert questions_at_hand(toy_bundle) == (None, "no questions at hand")
+        assert questions_at_hand(toy_bundle.manifest.plan) == (None, "no questions at hand")
 
     def test_the_users_own(self, toy_bundle: Bundle, tmp_path: Path) -> None:
         path = write_questions(tmp_path / "data", pictures=2, each=1)
-        found, reason = questions_at_hand(toy_bundle, path)
+        found, reason = questions_at_hand(toy_bundle.manifest.plan, path)
         assert found is not None and len(found.questions) == 2 and reason == ""
         (tmp_path / "data" / "picture_1.png").unlink()
         with pytest.raises(UsageError, match=r"picture_1\.png' does not exist"):
-            questions_at_hand(toy_bundle, path)
+            questions_at_hand(toy_bundle.manifest.plan, path)
 
     @pytest.mark.parametrize(
         ("changes", "words"),
