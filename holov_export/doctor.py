@@ -14,7 +14,7 @@ from holov_export.policies import Frozen
 
 #: import name -> names it may be distributed under
 _DISTRIBUTIONS = {
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"),
     "onnxruntime_genai": ("onnxruntime-genai", "onnxruntime-genai-cuda"),
     "onnx_ir": ("onnx-ir",),
     "cuda": ("cuda-bindings", "cuda-python"),

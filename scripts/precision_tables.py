@@ -33,6 +33,15 @@ def ways_block() -> str:
     return "\n".join([*parts, _about(result)])
 
 
+def openvino_block() -> str:
+    """docs/cpu.md: OpenVINO's float32 beside the others, in one run of its own environment."""
+    result = read("precisions-openvino-cpu.json")
+    ways = result["towers"]["1"]["ways"]
+    rows = [[name, f"{row['cpu_ms']:.0f}", *_row("", row)[1:]] for name, row in ways.items() if "Q/DQ" not in name]
+    head = ("", "ms", *_HEAD[1:])
+    return "\n".join([*markdown(head, rows), "", _about(result)])
+
+
 def kept_block() -> str:
     """docs/cpu.md: what it takes to keep layers in float."""
     result = read("precisions-cpu.json")
@@ -146,7 +155,8 @@ def _loss(row: dict[str, Any]) -> Iterator[str]:
 
 def _about(result: dict[str, Any]) -> str:
     machine = result["machine"]
-    version = machine["libraries"]["onnxruntime"]
+    libraries = machine["libraries"]
+    version = libraries.get("onnxruntime") or f"{libraries['onnxruntime-openvino']} with OpenVINO"
     budgets = " and ".join(map(str, result["budgets"]))
     return (
         f"Times are shares of ONNX Runtime's float32, medians of {result['repeats']} interleaved rounds of process CPU "

@@ -40,7 +40,7 @@ from answer_tables import (
 )
 from check_estimates import document as estimates_document
 from gpu_report import gpu_block
-from precision_tables import demo_block, error_block, kept_block, readme_block, ways_block
+from precision_tables import demo_block, error_block, kept_block, openvino_block, readme_block, ways_block
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -71,8 +71,9 @@ def documents() -> dict[Path, str]:
     inside = (ROOT / "docs" / "inner-methods.md").read_text(encoding="utf-8")
     published = (ROOT / "docs" / "published-results.md").read_text(encoding="utf-8")
     cpu = (ROOT / "docs" / "cpu.md").read_text(encoding="utf-8")
-    for name, block in (("ways", ways_block()), ("kept", kept_block()), ("error", error_block())):
-        cpu = replaced(cpu, name, block)
+    cpu_blocks = {"ways": ways_block, "kept": kept_block, "error": error_block, "openvino": openvino_block}
+    for name, made in cpu_blocks.items():
+        cpu = replaced(cpu, name, made())
     quantize = (ROOT / "docs" / "quantize.md").read_text(encoding="utf-8")
     return {
         ROOT / "docs" / "cli.md": cli_reference(),

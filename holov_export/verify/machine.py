@@ -19,6 +19,7 @@ LIBRARIES = (
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
+    "onnxruntime-openvino",
     "onnxruntime-genai",
     "tensorrt",
     "cuda-bindings",
