@@ -241,6 +241,11 @@ OPSETS = {Precision.FP32: 18, Precision.FP16: 18, Precision.BF16: 22}
 QUANTIZED_OPSET = 19
 
 
+def decoder_name(precision: DecoderPrecision, kv_cache: CacheType) -> str:
+    """What people call a decoder's precision: "int4", "fp16, int8 KV"."""
+    return precision.value if kv_cache == "float" else f"{precision.value}, {kv_cache} KV"
+
+
 def opset_of(precision: Precision, quantization: Quantization | None = None) -> int:
     """The opset of a vision graph. An int8 graph whose other values are float32 stays at 18, for TensorRT 8."""
     plain = quantization is None or (quantization.type is QuantizedType.INT8 and precision is Precision.FP32)
@@ -309,10 +314,8 @@ class ExportPlan(Frozen):
 
     @property
     def decoder_name(self) -> str:
-        """What people call the decoder's precision: "none", "int4", "fp16, int8 KV"."""
-        if self.decoder is None:
-            return "none"
-        return self.decoder.value if self.decoder_kv_cache == "float" else f"{self.decoder.value}, int8 KV"
+        """What people call the decoder's precision; "none" without one."""
+        return "none" if self.decoder is None else decoder_name(self.decoder, self.decoder_kv_cache)
 
     @property
     def parts(self) -> tuple[Literal["image", "video"], ...]:

@@ -101,3 +101,12 @@ def photographs() -> list[Image.Image]:
     """Four real photographs of different shapes."""
     pictures = (data.astronaut(), data.coffee(), data.chelsea(), data.rocket())
     return [Image.fromarray(np.asarray(picture)) for picture in pictures]
+
+
+@pytest.fixture(scope="session")
+def pictures(photographs: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the four photographs, which no test changes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, picture in enumerate(photographs):
+        picture.save(folder / f"{number}.png")
+    return folder

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from own_recipes import LOOSE, STRICT, write_recipe
 from PIL import Image
 
 from holov_export.bundle import REPORTS, Bundle, open_bundle
@@ -21,36 +22,11 @@ from holov_export.runtime.preprocess import pixels_from_pictures
 from holov_export.runtime.runner_ort import OrtRunner
 from holov_export.spec import Precision, QuantizedType
 
-#: what any quantisation keeps
-LOOSE = "overlap = 0.0\ncosine = -1.0\nanswers = 0.0"
-#: what none does
-STRICT = "overlap = 1.0\ncosine = 1.0\nanswers = 1.0"
-
-
-@pytest.fixture(scope="module")
-def pictures(photographs: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for number, picture in enumerate(photographs):
-        picture.save(folder / f"{number}.png")
-    return folder
-
-
-def recipe(folder: Path, limits: str = LOOSE) -> str:
-    """A recipe with these limits for a folder of four pictures."""
-    folder.mkdir(exist_ok=True)
-    path = folder / "own.toml"
-    path.write_text(
-        f'name = "own"\ntitle = "two and two"\nsource = "folder"\nalgorithm = "minmax"\nbudgets = ["1/9", "all"]\n'
-        f"[folder]\ncount = 2\njudge = 2\n[limits]\n{limits}\n",
-        encoding="utf-8",
-    )
-    return str(path)
-
 
 def asked(tmp_path: Path, pictures: Path, limits: str = LOOSE, **settings: object) -> QuantizeRequest:
-    return QuantizeRequest(
-        **{"type": QuantizedType.INT8, "recipe": recipe(tmp_path / "recipe", limits), "pictures": pictures, **settings}  # type: ignore[arg-type]
-    )
+    own = write_recipe(tmp_path / "recipe", limits)
+    wanted = {"type": QuantizedType.INT8, "recipe": own, "pictures": pictures, **settings}
+    return QuantizeRequest(**wanted)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -201,12 +177,12 @@ def test_a_cpu_graph_is_float32_around_its_products(tmp_path: Path) -> None:
 
 def test_the_command(source: Bundle, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["quantize", str(source.folder), "--pictures", str(pictures), "-o", str(tmp_path / "out"), "--json"]
-    assert run([*words, "--recipe", recipe(tmp_path / "recipe")]) == 2  # neither --int8 nor --fp8
+    assert run([*words, "--recipe", write_recipe(tmp_path / "recipe")]) == 2  # neither --int8 nor --fp8
     capsys.readouterr()
-    assert run([*words, "--int8", "--recipe", recipe(tmp_path / "recipe", STRICT)]) == 1
+    assert run([*words, "--int8", "--recipe", write_recipe(tmp_path / "recipe", STRICT)]) == 1
     refused = json.loads(capsys.readouterr().out)
     assert refused["bundle"] is None and refused["precision"][0]["passed"] is False
-    assert run([*words, "--int8", "--recipe", recipe(tmp_path / "recipe")]) == 0
+    assert run([*words, "--int8", "--recipe", write_recipe(tmp_path / "recipe")]) == 0
     done = json.loads(capsys.readouterr().out)
     assert done["bundle"] == str(tmp_path / "out") and done["precision"][0]["passed"] is True
     assert done["tensorrt"]["10.3"] is True

@@ -19,6 +19,7 @@ from holov_export.spec import (
     PatchImageSpec,
     Quantization,
     TiledImageSpec,
+    decoder_name,
 )
 from holov_export.verify.parity import ParityReport
 
@@ -168,9 +169,8 @@ def print_report(report: ParityReport) -> None:
     answers = report.decoder
     if answers is not None:
         verdict = "not judged" if not answers.judged else "ok" if answers.passed else "FAILED"
-        cache = "" if answers.kv_cache == "float" else ", int8 KV"
         OUT.print(
-            f"decoder {answers.precision.value}{cache} = transformers: "
+            f"decoder {decoder_name(answers.precision, answers.kv_cache)} = transformers: "
             f"{answers.identical} of {answers.prompts} answers of {answers.new_tokens} tokens identical, "
             f"{answers.first_token_same} begin alike  {verdict}"
         )

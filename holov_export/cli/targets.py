@@ -18,7 +18,7 @@ from holov_export.estimate.report import BudgetRow, Estimate, estimate
 from holov_export.estimate.shapes import ModelShape, shape_from_name, shape_from_spec, shape_names
 from holov_export.export.checkpoint import spec_from_checkpoint
 from holov_export.policies import HolovPolicy
-from holov_export.spec import CacheType, DecoderPrecision
+from holov_export.spec import CacheType, DecoderPrecision, decoder_name
 from holov_export.targets import EngineTarget, TargetPrecision, list_targets, target_from_name
 
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
@@ -234,10 +234,10 @@ def _print_estimate(found: Estimate, target: EngineTarget) -> None:
             size_text(row.memory_bytes),
             "fits" if row.memory_bytes <= found.usable_bytes else "TOO MUCH",
         )
-    cache = "" if found.kv_cache == "float" else ", int8 KV"
     OUT.print(f"{found.model} on {target.title}: an estimate, not a measurement", soft_wrap=True)
     OUT.print(
-        f"vision {found.precision}, decoder {found.decoder_precision.value}{cache}, batch {found.batch}, "
+        f"vision {found.precision}, decoder {decoder_name(found.decoder_precision, found.kv_cache)}, "
+        f"batch {found.batch}, "
         f"{found.text_tokens} text tokens, room for {found.context}",
         soft_wrap=True,
     )

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from decoder_families import checkpoint_of, decoder_of, oracle_of, picture, scene, spec_of
-from PIL import Image
+from own_recipes import write_recipe
 
 from holov_export.bundle import REPORTS, Bundle, open_bundle
 from holov_export.cli import run
@@ -181,28 +181,11 @@ def second_logits(decoder: OrtDecoder, prompt: StitchedPrompt) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------ the export
 
 
-@pytest.fixture(scope="module")
-def pictures(photographs: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for number, photograph in enumerate(photographs):
-        photograph.save(folder / f"{number}.png")
-    return folder
-
-
-def recipe(folder: Path) -> str:
-    (folder / "own.toml").write_text(
-        'name = "own"\ntitle = "two and two"\nsource = "folder"\nalgorithm = "minmax"\nbudgets = ["1/9", "all"]\n'
-        "[folder]\ncount = 2\njudge = 2\n[limits]\noverlap = 0.0\ncosine = -1.0\nanswers = 0.0\n",
-        encoding="utf-8",
-    )
-    return str(folder / "own.toml")
-
-
 def test_an_export_from_end_to_end(
     llava_checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--model", str(llava_checkpoint), "-o", str(tmp_path / "made"), "--decoder-kv-cache", "int8"]
-    assert run([*words, "--recipe", recipe(tmp_path), "--pictures", str(pictures), "--no-verify"]) == 0
+    assert run([*words, "--recipe", write_recipe(tmp_path), "--pictures", str(pictures), "--no-verify"]) == 0
     bundle = open_bundle(tmp_path / "made")
     plan = bundle.manifest.plan
     assert (plan.decoder_kv_cache, plan.decoder_name) == ("int8", "fp32, int8 KV")
@@ -307,7 +290,7 @@ def test_a_missing_picture_ends_it_before_the_export(
     llava_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--model", str(llava_checkpoint), "-o", str(tmp_path / "made"), "--decoder-kv-cache", "int8"]
-    assert run([*words, "--recipe", recipe(tmp_path), "--pictures", str(tmp_path / "nowhere")]) != 0
+    assert run([*words, "--recipe", write_recipe(tmp_path), "--pictures", str(tmp_path / "nowhere")]) != 0
     assert "nowhere" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
 
@@ -332,6 +315,6 @@ def test_a_question_that_is_too_long_ends_it_before_the_decoder_is_built(
     row = {"image": str(name), "question": "what " * 5000, "answers": ["one"]}
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     words = ["--model", str(llava_checkpoint), "-o", str(tmp_path / "made"), "--decoder-kv-cache", "int8"]
-    words += ["--recipe", recipe(tmp_path), "--pictures", str(pictures)]
+    words += ["--recipe", write_recipe(tmp_path), "--pictures", str(pictures)]
     assert run([*words, "--questions", str(tmp_path / "data.jsonl")]) == 2
     assert "the question has" in capsys.readouterr().err
